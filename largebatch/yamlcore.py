@@ -1,0 +1,148 @@
+"""YAML text to plain values and back, by the core schema of YAML 1.2 (section 10.3.2).
+
+``1e-4`` is a number, ``no`` is a word, a key is always text and appears once; numbers are finite. What could
+run code, or grow beyond the file's own size, is refused: tags, aliases, deep nesting.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from largebatch.wording import config_error
+
+MAX_DEPTH = 50
+MAX_DIGITS = 100
+
+
+def read_yaml(text: str, where: str, if_empty: str) -> Any:
+    """The value of one YAML document.
+
+    Raises ConfigError, opening with ``where``: the line, the column and what is wrong, or ``if_empty``.
+    """
+    line, column = 0, 0
+    try:
+        node = _Composer(text).get_single_node()
+        if node is not None:
+            return _value(node)
+        problem = if_empty
+    except yaml.MarkedYAMLError as error:
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        if error.problem_mark is not None:
+            line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        problem = f"the character U+{ord(text[error.position]):04X} is not allowed"
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    except (ValueError, OverflowError) as error:  # PyYAML's own conversions, as of "\UFFFFFFFF"
+        problem = f"not valid YAML: {error}"
+    raise config_error(where, f"line {line}, column {column}" if line else "", problem)
+
+
+def write_yaml(data: Any) -> str:
+    """YAML text from which ``read_yaml`` reads the same value; mappings keep their order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)
+
+
+class _Composer(yaml.BaseLoader):
+    """Composes plain nodes only: what could run code, or grow beyond the file's own size, is refused."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _error_at(event, "aliases (*name) are not allowed; repeat the value, or use extends")
+        if event.tag is not None:
+            raise _error_at(event, f"tags ({event.tag}) are not allowed")
+        if self.depth == MAX_DEPTH:
+            raise _error_at(event, f"nested deeper than {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or 1.2 would read as something else; short lists go on one line."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+    one_line = not any(isinstance(item, list | dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=one_line)
+
+
+_Dumper.add_representer(list, _represent_list)
+
+# The scalars of YAML 1.2's core schema (its section 10.3.2), so that 1e-4 is a number and `no` is a word.
+for _tag, _pattern, _first in [
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("not finite", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+]:
+    for _class in (_Composer, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def _error_at(thing: yaml.Event | yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    mark = thing.start_mark
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark if isinstance(mark, yaml.Mark) else None)
+
+
+def _value(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) for item in node.value]
+    assert isinstance(node, yaml.ScalarNode)
+    try:
+        return _scalar(node.tag.rpartition(":")[2], _text(node))
+    except ValueError as error:
+        raise _error_at(node, str(error)) from None
+
+
+def _text(node: yaml.ScalarNode) -> str:
+    if any("\ud800" <= char <= "\udfff" for char in node.value):
+        raise _error_at(node, "half of a surrogate pair is not a character")
+    return node.value
+
+
+def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
+    """Keys are always text (``1:`` is the key '1'), since a dotted path must be able to name them."""
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _error_at(key_node, "a key must be a plain word")
+        key = _text(key_node)
+        if key in values:
+            raise _error_at(key_node, f"the key {key!r} appears a second time (first on line {lines[key]})")
+        lines[key] = key_node.start_mark.line + 1
+        values[key] = _value(value_node)
+    return values
+
+
+def _scalar(kind: str, text: str) -> str | int | float | bool | None:
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        if len(text) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(text)} digits is too long")
+        base = {"0x": 16, "0o": 8}.get(text[:2], 10)
+        return int(text if base == 10 else text[2:], base)
+    if kind in ("float", "not finite"):
+        number = float(text) if kind == "float" else math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"{text} is not a finite number")
+        return number
+    return text
