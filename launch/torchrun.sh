@@ -15,7 +15,7 @@ fail() {
 
 visible_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^-]' || true # empty or -1 hides every GPU
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true # empty or -1 hides every GPU
     elif command -v nvidia-smi >/dev/null; then
         # It prints its errors on standard output, so only lines of its own list count.
         { nvidia-smi --list-gpus || true; } | grep -c '^GPU [0-9]' || true

@@ -71,7 +71,7 @@ def test_the_commit_and_whether_tracked_files_differ(tmp_path: Path) -> None:
     assert environment._git(source) == {"commit": head, "dirty": True}
 
 
-def test_without_git_or_a_repository_there_is_no_commit(
+def test_without_git_or_repository_there_is_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert environment._git(tmp_path / "module.py") is None

@@ -125,7 +125,7 @@ def _rebuild_tensorboard(folder: Path, records: list[dict[str, Any]]) -> Any:
 
     if folder.exists():
         shutil.rmtree(folder)
-    writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder))
     for record in records:
         _add_scalars(writer, record)
     return writer

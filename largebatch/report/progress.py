@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 10.0
 # How each metric is shown, in this order.
@@ -62,34 +63,42 @@ def open_progress(
 
 
 class BarProgress(Progress):
-    """A bar with the latest figures and the time left; evaluations and notes stay as lines above it."""
+    """A bar with the time left over the latest figures; evaluations and notes stay as lines above both."""
 
     def __init__(self, console: Console, total_steps: int, steps_done: int) -> None:
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        self._bar = _BarOverFigures(
+            TextColumn("step"),
             MofNCompleteColumn(),
+            BarColumn(),
             TextColumn("time left"),
             TimeRemainingColumn(),
             console=console,
             speed_estimate_period=300,  # seconds: records may be far apart
         )
-        self._task = self._bar.add_task("starting", total=total_steps, completed=steps_done)
+        self._task = self._bar.add_task("", total=total_steps, completed=steps_done)
         self._bar.start()
 
     def update(self, record: dict[str, float]) -> None:
-        description = "  ".join(
-            _figures(record, ("epoch", "train/loss", "train/top1_error", "images_per_second"))
-        )
-        self._bar.update(self._task, completed=record["step"], description=description)
+        self._bar.figures = "  ".join(_figures(record))
+        self._bar.update(self._task, completed=record["step"])
         if _is_evaluation(record):
-            self.note("  ".join(_figures(record, tuple(_SHOWN))))
+            self.note(self._bar.figures)
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         self._bar.stop()
+
+
+class _BarOverFigures(RichProgress):
+    """Two lines, because bar and figures do not fit into one of 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.figures)
 
 
 class LineProgress(Progress):
@@ -116,8 +125,9 @@ class LineProgress(Progress):
         if not (is_due or _is_evaluation(record) or step >= self._total_steps):
             return
         self._last_line = now
-        figures = _figures(record, tuple(_SHOWN))
-        self.note("  ".join([f"step {step}/{self._total_steps}", *figures, *self._time_left(step, now)]))
+        self.note(
+            "  ".join([f"step {step}/{self._total_steps}", *_figures(record), *self._time_left(step, now)])
+        )
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -130,8 +140,8 @@ class LineProgress(Progress):
         return [f"time left {timedelta(seconds=round(pace * (self._total_steps - step)))}"]
 
 
-def _figures(record: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
-    return [_SHOWN[key].format(record[key]) for key in keys if key in record]
+def _figures(record: dict[str, float]) -> list[str]:
+    return [form.format(record[key]) for key, form in _SHOWN.items() if key in record]
 
 
 def _is_evaluation(record: dict[str, float]) -> bool:
