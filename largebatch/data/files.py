@@ -1,0 +1,202 @@
+"""Pictures that are too many for memory: decoded in loader processes as they are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from largebatch.data.pictures import CROP_DRAWS, as_rgb, decode_file, training_view, validation_view
+from largebatch.data.pixels import Normalise, image_draws
+from largebatch.data.settings import DataSettings
+from largebatch.data.source import Pass
+from largebatch.errors import DataError
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+class Pictures(Protocol):
+    """Numbered pictures with labels; pickled to the loader processes."""
+
+    classes: int
+
+    def __len__(self) -> int: ...
+
+    def picture(self, index: int) -> tuple[np.ndarray, int]:
+        """uint8 RGB [H, W, 3] and the label. Raises DataError, naming the file."""
+        ...
+
+
+class FolderPictures:
+    """`folder/CLASS/*.jpg`, in sorted order, so that every machine numbers the files alike."""
+
+    def __init__(self, folder: Path, classes: Sequence[str], limit: int | None = None) -> None:
+        names = [_images_in(folder / name) for name in classes]
+        # Bytes in one array, not a list of strings: 1.3 million of these are copied to every loader process.
+        files = [os.fsencode(f"{c}/{n}") for c, found in zip(classes, names, strict=True) for n in found]
+        labels = np.repeat(np.arange(len(classes)), [len(found) for found in names])
+        count = min(limit or len(files), len(files))
+        chosen = np.arange(count) * len(files) // count
+        self.classes = len(classes)
+        self._folder = str(folder)
+        self._files, self._labels = np.array(files)[chosen], labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def picture(self, index: int) -> tuple[np.ndarray, int]:
+        path = os.path.join(self._folder, os.fsdecode(self._files[index]))
+        return decode_file(path), int(self._labels[index])
+
+
+class DatasetPictures:
+    """A map-style dataset of your own, giving (PIL image or uint8 [C, H, W] tensor, label)."""
+
+    def __init__(self, dataset: Any, classes: int, where: str, limit: int | None = None) -> None:
+        self.classes = classes
+        self._dataset, self._where = dataset, where
+        self._count = min(limit or len(dataset), len(dataset))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def picture(self, index: int) -> tuple[np.ndarray, int]:
+        picture, label = self._dataset[index]
+        if not 0 <= label < self.classes:
+            raise DataError(
+                f"{self._where}, image {index}: label {label} is outside 0..{self.classes - 1}; "
+                "mend the label or set data.classes"
+            )
+        try:
+            return as_rgb(picture), int(label)
+        except DataError as error:
+            raise DataError(f"{self._where}, image {index}: {error}") from None
+
+
+class _Decoder:
+    """What a loader process runs: a pass in, uint8 [n, size, size, 3] and int64 labels [n] out."""
+
+    def __init__(self, pictures: Pictures, settings: DataSettings, seed: int, augment: bool) -> None:
+        self._pictures, self._settings, self._seed = pictures, settings, seed
+        self._augment = augment and settings.augmentation.kind != "none"
+
+    def __getitem__(self, requested: Pass) -> tuple[Tensor, Tensor] | DataError:
+        try:
+            return self._decode(requested)
+        except DataError as error:
+            # Handed over, not raised: DataLoader would wrap the message in the process's traceback.
+            return error
+
+    def _decode(self, requested: Pass) -> tuple[Tensor, Tensor]:
+        size, how = self._settings.image_size, self._settings.augmentation
+        images = torch.empty(len(requested.indices), size, size, 3, dtype=torch.uint8)
+        labels = torch.empty(len(requested.indices), dtype=torch.int64)
+        draws = image_draws(requested.indices, CROP_DRAWS, seed=self._seed, epoch=requested.epoch).tolist()
+        for row, index in enumerate(requested.indices.tolist()):
+            pixels, labels[row] = self._pictures.picture(index)
+            if self._augment:
+                images[row] = training_view(pixels, draws[row], size, how)
+            else:
+                images[row] = validation_view(pixels, self._settings.resize_size, size)
+        return images, labels
+
+
+class PictureSource:
+    """An `ImageSource` over pictures that are decoded when they are needed."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        settings: DataSettings,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.images, self.classes = len(pictures), pictures.classes
+        self.shape = (3, settings.image_size, settings.image_size)
+        self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
+        self._normalise = Normalise(mean, std, self.shape, device)
+
+    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `ImageSource.stream`."""
+        batches = iter(self._loader(passes, augment))
+        try:
+            while (batch := _next(batches)) is not None:
+                images, labels = (part.to(self._device, non_blocking=True) for part in batch)
+                yield self._normalise(images), labels
+        finally:
+            del batches  # ends the loader processes
+
+    def _loader(self, passes: Iterable[Pass], augment: bool) -> DataLoader:
+        processes = self._settings.loader_processes
+        return DataLoader(
+            _Decoder(self._pictures, self._settings, self._seed, augment),  # type: ignore[arg-type]
+            sampler=passes,
+            batch_size=None,
+            num_workers=processes,
+            prefetch_factor=self._settings.prefetch if processes else None,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else DataLoader takes a number from torch's global generator
+        )
+
+
+def _next(batches: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
+    """The next batch, None after the last. Raises DataError in the words of the loader process."""
+    try:
+        batch = next(batches, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loader process died ({str(error).splitlines()[0]}); often too little memory or shared "
+            "memory: lower data.loader_processes or data.prefetch, or give the container more --shm-size"
+        ) from None
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def class_names(root: Path) -> list[str]:
+    """The sorted class folders that `root/train` and `root/val` have in common; they must not differ.
+
+    Raises DataError that names the folder.
+    """
+    train, val = (set(_folders_in(root / part)) for part in ("train", "val"))
+    for name in sorted(train ^ val):
+        there, missing = ("train", "val") if name in train else ("val", "train")
+        raise DataError(
+            f"{root / there / name}: this class folder is missing in {root / missing}; "
+            "train/ and val/ need the same class folders"
+        )
+    return sorted(train)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    try:
+        names = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be read ({error.strerror}); data.root must hold train/CLASS/*.jpg "
+            "and val/CLASS/*.jpg"
+        ) from None
+    if not names:
+        raise DataError(f"{folder}: no class folders in it; images belong in {folder}/CLASS/")
+    return names
+
+
+def _images_in(folder: Path) -> list[str]:
+    try:
+        names = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(_SUFFIXES))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+    if not names:
+        raise DataError(f"{folder}: no images in this class folder (known: {' '.join(_SUFFIXES)})")
+    return names

@@ -1,0 +1,134 @@
+"""From the `data` section to the two sources that a run reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from largebatch.data.catalog import IMAGENET_MEAN, IMAGENET_STD, normalisation, whole_set
+from largebatch.data.files import DatasetPictures, FolderPictures, Pictures, PictureSource, class_names
+from largebatch.data.known import Split, read_known
+from largebatch.data.memory import MemorySource
+from largebatch.data.own import PARTS, call_own, check_tensors, is_tensors, own_classes
+from largebatch.data.settings import FOLDERS, DataSettings
+from largebatch.data.source import ImageSource
+from largebatch.data.synthetic import make_split
+from largebatch.errors import ConfigError, DataError
+
+Sources = tuple[ImageSource, ImageSource]
+
+
+def load(settings: DataSettings, *, seed: int, device: torch.device) -> Sources:
+    """(train, val) of the set that `settings` name. Reads only, so that many ranks may do it at once.
+
+    Raises DataError where data is missing, damaged or not as it should be, naming the file and the remedy.
+    """
+    if ":" in settings.name:
+        return _own(settings, seed, device)
+    if settings.name in FOLDERS:
+        return _folder(settings, seed, device)
+    if settings.name == "synthetic":
+        made = settings.synthetic
+        train = make_split(made, seed=seed, part=0, images=made.train_images)
+        val = make_split(made, seed=seed, part=1, images=made.val_images)
+    else:
+        train, val = read_known(settings.name, Path(settings.root))
+    whole = whole_set(settings)
+    assert whole is not None
+    return _in_memory(settings, train, val, whole.classes, (whole.mean, whole.std), seed, device)
+
+
+def _in_memory(
+    settings: DataSettings,
+    train: Split,
+    val: Split,
+    classes: int,
+    own: tuple[tuple[float, ...], tuple[float, ...]],
+    seed: int,
+    device: torch.device,
+) -> Sources:
+    mean, std = normalisation(settings, train[0].shape[1], *own)
+    how = settings.augmentation
+    if how.kind == "resized_crop":
+        raise ConfigError("data.augmentation.kind: resized_crop is for pictures in files; here: crop or none")
+    padding, flip = (0, False) if how.kind == "none" else (how.padding, how.flip)
+
+    def source(split: Split, limit: int | None, padding: int, flip: bool) -> MemorySource:
+        images, labels = split[0][:limit], split[1][:limit]
+        return MemorySource(
+            images,
+            labels,
+            classes=classes,
+            mean=mean,
+            std=std,
+            padding=padding,
+            flip=flip,
+            seed=seed,
+            device=device,
+        )
+
+    return source(train, settings.train_images, padding, flip), source(val, settings.val_images, 0, False)
+
+
+def _folder(settings: DataSettings, seed: int, device: torch.device) -> Sources:
+    root = Path(settings.root)
+    classes = class_names(root)
+    train = FolderPictures(root / "train", classes, settings.train_images)
+    val = FolderPictures(root / "val", classes, settings.val_images)
+    _check_counts(settings, train, val)
+    return _pictures(settings, train, val, (IMAGENET_MEAN, IMAGENET_STD), seed, device)
+
+
+def _check_counts(settings: DataSettings, train: Pictures, val: Pictures) -> None:
+    """ImageNet's plan is made from known numbers: the disk must agree."""
+    whole = whole_set(settings)
+    if whole is None:
+        return
+    for part, found, images in (("train", train, whole.train_images), ("val", val, whole.val_images)):
+        limit = settings.train_images if part == "train" else settings.val_images
+        expected = min(images, limit or images)
+        if len(found) != expected or found.classes != whole.classes:
+            raise DataError(
+                f"{settings.root}/{part}: {len(found)} files in {found.classes} classes, but {settings.name} "
+                f"has {expected} in {whole.classes}; for another set of this layout use name: imagefolder"
+            )
+
+
+def _own(settings: DataSettings, seed: int, device: torch.device) -> Sources:
+    splits = call_own(settings)
+    classes = own_classes(splits[0], settings)
+    where = [f"data.name {settings.name}, {part}" for part in PARTS]
+    if all(is_tensors(split) for split in splits):
+        train, val = (check_tensors(s, w, classes) for s, w in zip(splits, where, strict=True))
+        seen, expected = list(val[0].shape[1:]), list(train[0].shape[1:])
+        if seen != expected:
+            raise DataError(f"{where[1]}: images are {seen}, but training images {expected}")
+        own = ((0.5,) * expected[0], (0.25,) * expected[0])
+        return _in_memory(settings, train, val, classes, own, seed, device)
+    if any(is_tensors(split) or not hasattr(split, "__getitem__") for split in splits):
+        raise DataError(
+            f"data.name {settings.name}: both parts must be (uint8 images, integer labels) or both a dataset "
+            "with __len__ and __getitem__"
+        )
+    limits = (settings.train_images, settings.val_images)
+    pictures = [DatasetPictures(s, classes, w, n) for s, w, n in zip(splits, where, limits, strict=True)]
+    return _pictures(settings, pictures[0], pictures[1], ((0.5,) * 3, (0.25,) * 3), seed, device)
+
+
+def _pictures(
+    settings: DataSettings,
+    train: Pictures,
+    val: Pictures,
+    own: tuple[tuple[float, ...], tuple[float, ...]],
+    seed: int,
+    device: torch.device,
+) -> Sources:
+    if settings.augmentation.kind == "crop":
+        raise ConfigError("data.augmentation.kind: crop is for sets in memory; here: resized_crop or none")
+    mean, std = normalisation(settings, 3, *own)
+
+    def source(pictures: Pictures) -> PictureSource:
+        return PictureSource(pictures, settings, mean=mean, std=std, seed=seed, device=device)
+
+    return source(train), source(val)

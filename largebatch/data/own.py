@@ -1,0 +1,78 @@
+"""A data set of the user's own, by import path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.data.known import Split
+from largebatch.data.settings import DataSettings
+from largebatch.errors import DataError
+
+PARTS = ("training set", "validation set")
+
+
+def call_own(settings: DataSettings) -> tuple[Any, Any]:
+    """(train, val) as the function `package.module:function` returns them for `arguments`.
+
+    Raises DataError that names the path and says what is wrong.
+    """
+    result = _function(settings.name)(**settings.arguments)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise DataError(f"data.name {settings.name}: must return (train, val), not {type(result).__name__}")
+    return result
+
+
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"data.name {path}: cannot be imported ({error}); the form is package.module:function, and the "
+            "package must be installed or its folder be in PYTHONPATH"
+        ) from None
+    if not callable(found):
+        raise DataError(f"data.name {path}: is a {type(found).__name__}, not a function")
+    return found
+
+
+def is_tensors(split: Any) -> bool:
+    """Whether a split is (images, labels) as tensors, rather than a dataset."""
+    return isinstance(split, tuple) and len(split) == 2 and all(isinstance(part, Tensor) for part in split)
+
+
+def check_tensors(split: Split, where: str, classes: int) -> Split:
+    """The split, if it is uint8 [M, C, H, W] and integer labels [M] in 0..classes-1; DataError otherwise."""
+    images, labels = split
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+        raise DataError(f"{where}: images must be uint8 [M, C, H, W], not {_kind(images)}")
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise DataError(f"{where}: labels must be integers [{len(images)}], not {_kind(labels)}")
+    outside = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(outside):
+        index = int(outside[0])
+        raise DataError(
+            f"{where}, image {index}: label {int(labels[index])} is outside 0..{classes - 1}; "
+            "mend the label or set data.classes"
+        )
+    return split
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def own_classes(train: Any, settings: DataSettings) -> int:
+    """The number of classes: `data.classes`, else what the training set says of itself."""
+    if settings.classes is not None:
+        return settings.classes
+    if is_tensors(train) and len(train[1]):
+        return int(train[1].max()) + 1
+    if hasattr(train, "classes"):
+        return len(train.classes)
+    raise DataError(f"data.name {settings.name}: its dataset has no attribute `classes`; set data.classes")

@@ -1,0 +1,134 @@
+"""The `data` section of a config: which images, and how each is drawn anew in every epoch."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from largebatch.section import Section
+
+IN_MEMORY = ("fashion-mnist", "mnist", "cifar10", "digits", "synthetic")
+FOLDERS = ("imagefolder", "imagenet")
+NAMES = (*IN_MEMORY, *FOLDERS)
+
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
+PerChannel = Annotated[list[float], Field(min_length=1)]
+Channels = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+
+
+class Augmentation(Section):
+    """What happens to a training image; validation images are never augmented."""
+
+    kind: Literal["auto", "none", "crop", "resized_crop"] = "auto"
+    """`crop`: zero padding, then a random window (sets in memory). `resized_crop`: a random area and shape
+    resized to `data.image_size` (pictures decoded from files). `auto`: the one that suits the set."""
+
+    padding: int = Field(default=4, ge=0)
+    """`crop`: pixels of zero padding on each side."""
+
+    flip: bool = True
+    """Mirror half of the images; turn it off where left and right matter (digits)."""
+
+    scale: Pair = Field(default=[0.08, 1.0])
+    """`resized_crop`: smallest and largest share of the picture's area."""
+
+    ratio: Pair = Field(default=[3 / 4, 4 / 3])
+    """`resized_crop`: smallest and largest width / height of the crop."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Augmentation:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale}: needs 0 < smallest <= largest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio}: needs 0 < smallest <= largest")
+        return self
+
+
+class Synthetic(Section):
+    """Generated images: a faint pattern for each class under noise, the same on every machine."""
+
+    shape: Channels = Field(default=[3, 32, 32])
+    """Channels, height, width."""
+
+    classes: int = Field(default=10, ge=2)
+    """Number of classes."""
+
+    train_images: PositiveInt = 4096
+    """Number of training images."""
+
+    val_images: PositiveInt = 1024
+    """Number of validation images."""
+
+
+class DataSettings(Section):
+    """Which data set, where it lies, and how it is read."""
+
+    name: str = "fashion-mnist"
+    """`fashion-mnist`, `mnist`, `cifar10`, `digits`, `imagefolder`, `imagenet`, `synthetic`, or
+    `package.module:function` for your own, called with `arguments`; it returns (train, val)."""
+
+    root: str = "data"
+    """Folder that holds the data set; for `imagefolder` and `imagenet` the one with `train/` and `val/`."""
+
+    augmentation: Augmentation = Augmentation()
+    """How training images are varied."""
+
+    image_size: PositiveInt = 224
+    """Pictures from files: height and width of the crop that the model sees."""
+
+    resize_size: PositiveInt = 256
+    """Pictures from files, validation: the short side is resized to this before the centre crop."""
+
+    mean: PerChannel | None = None
+    """Mean of each channel in [0, 1], instead of the set's own."""
+
+    std: PerChannel | None = None
+    """Standard deviation of each channel in [0, 1], instead of the set's own."""
+
+    loader_processes: int = Field(default=2, ge=0)
+    """Pictures from files: decoding processes for each rank; 0 decodes in the training process."""
+
+    prefetch: PositiveInt = 4
+    """Pictures from files: passes that each loader process keeps ready."""
+
+    train_images: PositiveInt | None = None
+    """Use only this many training images, for a quick run: the first ones, or, of a folder (whose
+    files are sorted by class), evenly spread ones."""
+
+    val_images: PositiveInt | None = None
+    """Use only this many validation images, chosen likewise."""
+
+    classes: int | None = Field(default=None, ge=2)
+    """Your own set: number of classes, where it cannot be told from the data."""
+
+    synthetic: Synthetic = Synthetic()
+    """What `name: synthetic` generates."""
+
+    arguments: dict[str, Any] = Field(default={})
+    """Keyword arguments for the function of your own set."""
+
+    @field_validator("name")
+    @classmethod
+    def _known_name(cls, name: str) -> str:
+        if name in NAMES or ":" in name:
+            return name
+        nearest = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown set{hint} Known: {', '.join(NAMES)}, or 'package.module:function'")
+
+    @model_validator(mode="after")
+    def _combination(self) -> DataSettings:
+        kind = self.augmentation.kind
+        if kind == "resized_crop" and self.name in IN_MEMORY:
+            raise ValueError(f"augmentation.kind {kind} is for pictures in files; {self.name}: crop or none")
+        if kind == "crop" and self.name in FOLDERS:
+            raise ValueError(
+                f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none"
+            )
+        if self.resize_size < self.image_size:
+            raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
+        if any(value <= 0 for value in self.std or []):
+            raise ValueError(f"std {self.std}: every value must be above 0")
+        return self

@@ -1,0 +1,35 @@
+"""What the trainer asks for and what every data set gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+class Pass(NamedTuple):
+    """The images that go through the model together: int64 indices into the set."""
+
+    epoch: int
+    indices: np.ndarray
+
+
+class ImageSource(Protocol):
+    """A data set that yields normalised images on the device.
+
+    `images` is their number, `shape` is (channels, height, width).
+    """
+
+    images: int
+    classes: int
+    shape: tuple[int, int, int]
+
+    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """One (float32 [n, C, H, W], int64 [n]) for each pass, in order; `passes` may be endless.
+
+        With `augment`, the pixels of an image depend on (seed, epoch, its index) and on nothing else.
+        Closing the iterator stops the loader processes. Raises DataError, naming the file.
+        """
+        ...
