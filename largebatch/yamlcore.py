@@ -110,9 +110,10 @@ def _value(node: yaml.Node) -> Any:
 
 
 def _text(node: yaml.ScalarNode) -> str:
-    if any("\ud800" <= char <= "\udfff" for char in node.value):
-        raise _error_at(node, "half of a surrogate pair is not a character")
-    return node.value
+    try:  # JSON, which YAML includes, escapes a character beyond U+FFFF as two surrogates
+        return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise _error_at(node, "half of a surrogate pair is not a character") from None
 
 
 def _mapping(node: yaml.MappingNode) -> dict[str, Any]:

@@ -60,8 +60,7 @@ def _torchvision_resnet(settings: ModelSettings, classes: int, channels: int) ->
 def _own_model(settings: ModelSettings, classes: int, shape: Shape) -> nn.Module:
     function = import_object(settings.name, "model.name")
     if not callable(function) or isinstance(function, nn.Module):
-        kind = type(function).__name__
-        raise config_error("model.name", f"{settings.name!r} is a {kind}; name a function or class")
+        raise config_error("model.name", f"{settings.name!r} is no function or class")
     named = _parameter_names(function)
     offered = {key: value for key, value in [("classes", classes), ("shape", shape)] if key in named}
     model = _call(settings, function, {**offered, **settings.arguments})
