@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from largebatch.data.pictures import CROP_DRAWS, as_rgb, decode_file, training_view, validation_view
 from largebatch.data.pixels import Normalise, image_draws
 from largebatch.data.settings import DataSettings
-from largebatch.data.source import Pass
+from largebatch.data.source import Batches, Pass
 from largebatch.errors import DataError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -79,7 +79,7 @@ class DatasetPictures:
             raise DataError(f"{self._where}, image {index}: {error}") from None
 
 
-class _Decoder:
+class Decoder:
     """What a loader process runs: a pass in, uint8 [n, size, size, 3] and int64 labels [n] out."""
 
     def __init__(self, pictures: Pictures, settings: DataSettings, seed: int, augment: bool) -> None:
@@ -125,7 +125,7 @@ class PictureSource:
         self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
         self._normalise = Normalise(mean, std, self.shape, device)
 
-    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""
         batches = iter(self._loader(passes, augment))
         try:
@@ -138,7 +138,7 @@ class PictureSource:
     def _loader(self, passes: Iterable[Pass], augment: bool) -> DataLoader:
         processes = self._settings.loader_processes
         return DataLoader(
-            _Decoder(self._pictures, self._settings, self._seed, augment),  # type: ignore[arg-type]
+            Decoder(self._pictures, self._settings, self._seed, augment),  # type: ignore[arg-type]
             sampler=passes,
             batch_size=None,
             num_workers=processes,
@@ -184,8 +184,7 @@ def _folders_in(folder: Path) -> list[str]:
         names = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot be read ({error.strerror}); data.root must hold train/CLASS/*.jpg "
-            "and val/CLASS/*.jpg"
+            f"{folder}: cannot be read ({error.strerror}); data.root must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
         ) from None
     if not names:
         raise DataError(f"{folder}: no class folders in it; images belong in {folder}/CLASS/")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from largebatch.data.pixels import Normalise, image_draws
-from largebatch.data.source import Pass
+from largebatch.data.source import Batches, Pass
 
 
 class MemorySource:
@@ -45,7 +45,7 @@ class MemorySource:
         self._epoch: int | None = None
         self._offsets: tuple[Tensor, Tensor, Tensor]
 
-    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""
         for epoch, indices in passes:
             yield self.batch(epoch, indices, augment=augment)

@@ -64,9 +64,7 @@ def as_rgb(picture: Any) -> np.ndarray:
     raise DataError(f"a picture must be a PIL image or a uint8 tensor [1 or 3, H, W], not {seen}")
 
 
-def random_crop(
-    draws: Sequence[float], height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
-) -> Box:
+def random_crop(draws: Sequence[float], height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> Box:
     """A random area and shape within the picture, distributed as torchvision's RandomResizedCrop.
 
     draws: CROP_DRAWS numbers in [0, 1).

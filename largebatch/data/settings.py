@@ -124,9 +124,7 @@ class DataSettings(Section):
         if kind == "resized_crop" and self.name in IN_MEMORY:
             raise ValueError(f"augmentation.kind {kind} is for pictures in files; {self.name}: crop or none")
         if kind == "crop" and self.name in FOLDERS:
-            raise ValueError(
-                f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none"
-            )
+            raise ValueError(f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none")
         if self.resize_size < self.image_size:
             raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
         if any(value <= 0 for value in self.std or []):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
+
+Batches = Generator[tuple[Tensor, Tensor], None, None]
+"""Images (float32 [n, C, H, W], normalised, on the device) and labels (int64 [n]); `close` it when done."""
 
 
 class Pass(NamedTuple):
@@ -26,7 +29,7 @@ class ImageSource(Protocol):
     classes: int
     shape: tuple[int, int, int]
 
-    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """One (float32 [n, C, H, W], int64 [n]) for each pass, in order; `passes` may be endless.
 
         With `augment`, the pixels of an image depend on (seed, epoch, its index) and on nothing else.

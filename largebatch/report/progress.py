@@ -46,9 +46,7 @@ class Progress:
         self.close()
 
 
-def open_progress(
-    *, is_main: bool, total_steps: int, steps_done: int, stream: TextIO | None = None
-) -> Progress:
+def open_progress(*, is_main: bool, total_steps: int, steps_done: int, stream: TextIO | None = None) -> Progress:
     """The display of a run of ``total_steps`` updates, of which ``steps_done`` were done before.
 
     A bar if ``stream`` (standard output unless given) is a terminal, else plain lines; nothing off the main
@@ -125,9 +123,7 @@ class LineProgress(Progress):
         if not (is_due or _is_evaluation(record) or step >= self._total_steps):
             return
         self._last_line = now
-        self.note(
-            "  ".join([f"step {step}/{self._total_steps}", *_figures(record), *self._time_left(step, now)])
-        )
+        self.note("  ".join([f"step {step}/{self._total_steps}", *_figures(record), *self._time_left(step, now)]))
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from largebatch.configfile.explain import COMMAND_LINE, Layer, explain
+from largebatch.configfile.yamlcore import MAX_DEPTH, read_yaml, write_yaml
 from largebatch.errors import ConfigError
-from largebatch.explain import COMMAND_LINE, Layer, explain
 from largebatch.section import Section
 from largebatch.wording import config_error, did_you_mean, show
-from largebatch.yamlcore import MAX_DEPTH, read_yaml, write_yaml
 
 T = TypeVar("T", bound=Section)
 

@@ -1,0 +1,179 @@
+"""The commands. The only reader of sys.argv; torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from largebatch.errors import EXIT_OK, EXIT_USER_INPUT, ConfigError, HealthError, UserError
+
+app = typer.Typer(
+    name="largebatch",
+    help="Large-minibatch SGD (Goyal et al. 2017) whose result does not depend on how many processes ran it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Show a config, or the JSON Schema of all configs.", no_args_is_help=True)
+data_app = typer.Typer(help="Obtain data sets.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Values that replace the config's.", show_default=False),
+]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/<config name>]")] = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never", help="Go on from what the run folder holds, or start anew.")
+    ] = "auto",
+) -> None:
+    """Train. Start it by itself, with torchrun, or with srun: the result is the same for any number of ranks."""
+    if resume not in ("auto", "never"):
+        raise UserError(f"--resume: {resume!r} is not one of 'auto', 'never'")
+    loaded = _load(config, overrides)
+    from largebatch.distributed.environment import read_launch
+    from largebatch.run import train as run_training
+
+    folder = run_dir or Path("runs") / config.stem
+    launch = read_launch()
+    summary = run_training(loaded, folder, name=config.stem, resume=resume, launch=launch)
+    if launch.rank == 0:
+        print(
+            f"finished: top-1 error {summary['top1_error']:.2f} % (median of the last 5 evaluations "
+            f"{summary['top1_error_median_last5']:.2f} %), {summary['steps']} steps, {summary['seconds']:.0f} s, "
+            f"{summary['images_per_second']:.0f} images/s; see {folder}"
+        )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
+) -> None:
+    """Evaluate a run's model.pt on all validation images, exactly, on any number of ranks."""
+    from largebatch.distributed.environment import read_launch
+    from largebatch.run import evaluate_run
+
+    launch = read_launch()
+    result = evaluate_run(run, launch)
+    if launch.rank == 0:
+        print(json.dumps(result))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(help="Number of ranks N to plan for.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of text.")] = False,
+) -> None:
+    """Say what a config means: minibatch, learning rate and why, steps, and who runs what."""
+    from largebatch.plan import describe, make_plan
+
+    loaded = _load(config, overrides)
+    train_images, val_images = _images_of(loaded)
+    made = make_plan(loaded, name=config.stem, world_size=ranks, train_images=train_images, val_images=val_images)
+    print(json.dumps(made.as_dict(), indent=2) if as_json else describe(made))
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the whole config, every default filled in."""
+    from largebatch.configfile.loading import dump_config
+
+    print(dump_config(_load(config, overrides)), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of all configs, for editors."""
+    from largebatch.config import Config
+
+    schema = Config.model_json_schema()
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another config that this one changes.",
+    }
+    print(json.dumps(schema, indent=2))
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="fashion-mnist, mnist or cifar10.", show_default=False)],
+    root: Annotated[Path, typer.Option(help="The folder for data sets (data.root of a config).")] = Path("data"),
+) -> None:
+    """Obtain a data set and verify its checksums; does nothing if it is there already."""
+    from largebatch.data.fetch import fetch
+
+    fetch(name, root)
+
+
+def _load(config: Path, overrides: list[str] | None) -> Any:
+    from largebatch.config import Config
+    from largebatch.configfile.loading import load_config
+
+    return load_config(config, overrides or [], Config)
+
+
+def _images_of(config: Any) -> tuple[int, int]:
+    """Training and validation images: a fact for known sets, else read from the disk."""
+    from largebatch.data.catalog import facts
+
+    known = facts(config.data)
+    if known is not None:
+        return known.train_images, known.val_images
+    import torch
+
+    from largebatch.data.load import load
+
+    train_source, validation = load(config.data, seed=config.seed, device=torch.device("cpu"))
+    return train_source.images, validation.images
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 2 the user's input is wrong, 3 stopped by health."""
+    try:
+        status = app(args=arguments, standalone_mode=False)
+        return status if isinstance(status, int) else EXIT_OK
+    except (UserError, HealthError) as error:
+        # What is wrong with the config is wrong on every rank alike: one of them says it.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            _complain(str(error))
+        return error.exit_status
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's own errors of usage
+        if usage is not None:
+            _complain(f"{usage()} (see --help)")
+            return EXIT_USER_INPUT
+        _complain(traceback.format_exc())
+        return 1
+
+
+def _complain(text: str) -> None:
+    """Print to standard error, each line prefixed with the rank where there are several."""
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    prefix = f"[rank {rank}] " if rank is not None and world_size != "1" else ""
+    print(
+        "".join(f"{prefix}{line}\n" for line in text.rstrip().splitlines()),
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )

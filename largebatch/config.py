@@ -1,0 +1,79 @@
+"""The whole config of a run: the components' own sections, composed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from largebatch.data.settings import DataSettings
+from largebatch.models.settings import ModelSettings
+from largebatch.recipe.batch import BatchSettings
+from largebatch.recipe.schedule import ScheduleSettings
+from largebatch.section import Section
+from largebatch.training.settings import (
+    BatchNormSettings,
+    CheckpointSettings,
+    EvaluationSettings,
+    ExecutionSettings,
+    LoggingSettings,
+    OptimizerSettings,
+)
+
+# What may differ when a run goes on: it changes no number.
+_FREE_ON_RESUME = (
+    "checkpoint",
+    "logging",
+    "data.root",
+    "data.loader_processes",
+    "execution.device",
+    "execution.backend",
+    "execution.bucket_mb",
+    "execution.timeout_minutes",
+)
+
+
+class Config(Section):
+    """A training run. No key names a number of ranks: that is the launcher's business, and changes nothing."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    batch: BatchSettings = BatchSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    batchnorm: BatchNormSettings = BatchNormSettings()
+    execution: ExecutionSettings = ExecutionSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+    seed: int = Field(0, ge=0)
+    """Decides initialisation, order, augmentation and dropout."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        k, m = self.batch.virtual_workers, self.execution.workers_per_pass
+        if k % m:
+            raise ValueError(
+                f"execution.workers_per_pass {m} does not divide batch.virtual_workers {k}; choose one that does"
+            )
+        return self
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What keeps a run of `old` from being gone on with by `new`: one line for each value that differs."""
+    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    lines = []
+    for path in sorted(before.keys() | after.keys()):
+        free = any(path == key or path.startswith(key + ".") for key in _FREE_ON_RESUME)
+        if not free and before.get(path) != after.get(path):
+            lines.append(f"{path}: was {before.get(path)!r}, now {after.get(path)!r}")
+    return lines
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,213 @@
+"""Which process am I: torchrun's variables, Slurm's, or one process alone; and the group that they make."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from largebatch.errors import UserError
+
+RENDEZVOUS = "LARGEBATCH_RENDEZVOUS"
+"""Variable with an init method of torch.distributed (``file:///shared/path``) for use without a port."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process; no process group exists yet."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "none"
+    init_method: str = "env://"
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """The launch that the environment describes: torchrun, `srun` alone, or one process.
+
+    Raises UserError for variables that contradict each other or are not numbers.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _from_torchrun(environ)
+    # An interactive shell inside an allocation has SLURM_PROCID too; only a job step has SLURM_STEP_ID set
+    # together with more than one task.
+    if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(environ)
+    return Launch()
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isdigit():
+        raise UserError(f"environment variable {name} is {value!r}; it must be a whole number, set by the launcher")
+    return int(value)
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> Launch:
+    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    if world_size < 1 or rank >= world_size:
+        raise UserError(
+            f"environment variables RANK={rank} and WORLD_SIZE={world_size}: the rank must be below the size"
+        )
+    init_method = environ.get(RENDEZVOUS, "env://")
+    if world_size > 1 and init_method == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        raise UserError(
+            f"WORLD_SIZE={world_size} but MASTER_ADDR and MASTER_PORT are not both set; start with torchrun, or set "
+            f"{RENDEZVOUS}=file:///a/path/that/all/ranks/see"
+        )
+    return Launch(
+        rank,
+        world_size,
+        local_rank=_number(environ, "LOCAL_RANK", rank),
+        local_world_size=_number(environ, "LOCAL_WORLD_SIZE", world_size),
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "environment",
+        init_method=init_method,
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Launch:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    # The job's id spreads concurrent jobs of one node over ports below Linux's ephemeral range.
+    port = 20000 + _number(environ, "SLURM_JOB_ID") % 10000
+    address = environ.get("MASTER_ADDR") or first_host(nodes)
+    tasks_here = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return Launch(
+        rank=_number(environ, "SLURM_PROCID"),
+        world_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_world_size=int(tasks_here.group()) if tasks_here else 1,
+        launcher="srun",
+        init_method=environ.get(RENDEZVOUS, f"tcp://{address}:{environ.get('MASTER_PORT', port)}"),
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: ``gpu[03-07,9],login1`` gives ``gpu03``. Raises UserError."""
+    match = re.match(r"([^\[\],\s]+)(?:\[(\d+)[^\]]*\]([^\[\],\s]*))?", nodelist)
+    if not match:
+        raise UserError(f"SLURM_STEP_NODELIST is {nodelist!r}, which names no host; start with srun or torchrun")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The group of N processes that execute a run. With one process every method is a no-op."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def wire_device(self) -> torch.device:
+        """Where a tensor must live to be sent: gloo sends from main memory."""
+        return torch.device("cpu") if self.backend == "gloo" else self.device
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over all ranks. Exact only where all ranks but one hold zeros."""
+        if self.world_size == 1:
+            return tensor
+        sent = tensor.to(self.wire_device)
+        dist.all_reduce(sent)
+        return sent.to(tensor.device)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` (plain Python values or bytes; others may pass None), on every rank."""
+        if self.world_size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, device=self.wire_device)
+        return holder[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (plain Python values), in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def choose_device(device: str, launch: Launch) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` to this rank's device. Raises UserError if there is no GPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError(
+            "execution.device: 'cuda', but torch sees no GPU here; choose 'cpu' or 'auto', or mend the driver"
+        )
+    return torch.device("cuda", launch.local_rank % count)
+
+
+def choose_backend(backend: str, device: torch.device, launch: Launch) -> str:
+    """``auto``, ``nccl`` or ``gloo`` to a backend. Raises UserError where NCCL cannot work."""
+    crowded = device.type == "cuda" and launch.local_world_size > torch.cuda.device_count()
+    if backend == "auto":
+        return "nccl" if device.type == "cuda" and not crowded else "gloo"
+    if backend == "nccl" and (device.type != "cuda" or crowded):
+        raise UserError(
+            f"execution.backend: 'nccl' needs a GPU for each of the {launch.local_world_size} ranks on this machine; "
+            "start fewer ranks, or choose 'gloo' or 'auto'"
+        )
+    return backend
+
+
+@contextlib.contextmanager
+def connect(
+    launch: Launch | None = None,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int = 1,
+    timeout_seconds: float = 600.0,
+) -> Iterator[Ranks]:
+    """The ranks that run together, as a context: makes the process group and takes it down again.
+
+    `threads` (intra-op) is set here for every N alike, since torchrun sets OMP_NUM_THREADS for several
+    processes only, and the number of threads changes the order of sums inside a kernel.
+    """
+    launch = launch or read_launch()
+    torch.set_num_threads(threads)
+    here = choose_device(device, launch)
+    ranks = Ranks(launch.rank, launch.world_size, here, choose_backend(backend, here, launch))
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if launch.world_size == 1:
+        yield ranks
+        return
+    dist.init_process_group(
+        ranks.backend,
+        init_method=launch.init_method,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        device_id=here if ranks.backend == "nccl" else None,
+    )
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()

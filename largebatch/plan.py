@@ -1,0 +1,174 @@
+"""Every derived number of a run, each with the rule that it came from.
+
+The answer to "what learning rate for this batch on these GPUs, and why".
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from largebatch.config import Config
+from largebatch.recipe.batch import deal_workers
+from largebatch.recipe.order import EpochOrder
+from largebatch.recipe.schedule import Schedule, make_schedule
+
+_LIMIT_OF_LINEAR_RULE = 8192  # §5.2: curves match the baseline up to 8k and leave it from 16k on
+_WORKER_OF_THE_PAPER = 32
+_SHORT_WARMUP = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means for N ranks. All counts are images, steps or virtual workers."""
+
+    name: str
+    world_size: int
+    virtual_workers: int
+    images_per_worker: int
+    global_batch: int
+    workers_per_pass: int
+    workers_on_rank: list[int]
+    images_on_rank: list[int]
+    train_images: int
+    val_images: int
+    steps_per_epoch: int
+    dropped_images: int
+    total_steps: int
+    reference_lr: float
+    reference_batch: int
+    lr_rule: str
+    lr_explanation: str
+    peak_lr: float
+    warmup_kind: str
+    warmup_steps: int
+    decay_kind: str
+    decay_steps: list[int]
+    weight_decay: float
+    reduction: str
+    warnings: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for `plan.json`."""
+        return asdict(self)
+
+
+def make_plan(config: Config, *, name: str, world_size: int, train_images: int, val_images: int) -> Plan:
+    """The plan of `config` on `world_size` ranks for a set of so many images. Raises ConfigError."""
+    batch = config.batch
+    workers = deal_workers(batch.virtual_workers, config.execution.workers_per_pass, world_size)
+    order = make_order(config, train_images)
+    schedule = make_schedule(config.schedule, global_batch=order.global_batch, steps_per_epoch=order.steps_per_epoch)
+    return Plan(
+        name=name,
+        world_size=world_size,
+        virtual_workers=batch.virtual_workers,
+        images_per_worker=batch.images_per_worker,
+        global_batch=order.global_batch,
+        workers_per_pass=config.execution.workers_per_pass,
+        workers_on_rank=workers,
+        images_on_rank=[count * batch.images_per_worker for count in workers],
+        train_images=train_images,
+        val_images=val_images,
+        steps_per_epoch=order.steps_per_epoch,
+        dropped_images=order.dropped_images,
+        total_steps=schedule.total_steps,
+        reference_lr=schedule.reference_lr,
+        reference_batch=config.schedule.reference_batch,
+        lr_rule=config.schedule.lr_rule,
+        lr_explanation=_explain_lr(config, schedule),
+        peak_lr=schedule.peak_lr,
+        warmup_kind=schedule.warmup_kind,
+        warmup_steps=schedule.warmup_steps,
+        decay_kind=schedule.decay_kind,
+        decay_steps=list(schedule.decay_steps),
+        weight_decay=config.optimizer.weight_decay,
+        reduction=config.execution.reduction,
+        warnings=_warnings(config, schedule, workers),
+    )
+
+
+def make_order(config: Config, train_images: int) -> EpochOrder:
+    """The order of the training images. Raises ConfigError if a minibatch is larger than the set."""
+    batch = config.batch
+    return EpochOrder(train_images, batch.virtual_workers, batch.images_per_worker, config.seed, shuffle=batch.shuffle)
+
+
+def _explain_lr(config: Config, schedule: Schedule) -> str:
+    s, batch = config.schedule, config.batch.global_batch
+    ratio = f"{batch}/{s.reference_batch}"
+    if s.scale == "loss":
+        return f"{s.reference_lr:g}: the factor scales the loss instead (remark 1 of §3 done wrong)"
+    rule = {
+        "linear": f"{s.reference_lr:g} x {ratio}: the linear scaling rule (§2.1)",
+        "sqrt": f"{s.reference_lr:g} x sqrt({ratio}): the square-root rule (an ablation, Table 2a)",
+        "none": f"{s.reference_lr:g} for any minibatch: not scaled (an ablation, Table 2a)",
+    }
+    return rule[s.lr_rule]
+
+
+def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[str]:
+    batch = config.batch
+    found = []
+    if batch.global_batch > _LIMIT_OF_LINEAR_RULE:
+        found.append(
+            f"the minibatch of {batch.global_batch} is beyond {_LIMIT_OF_LINEAR_RULE}: in the paper the linear rule "
+            "with plain SGD loses accuracy from 16k on (Figure 1); expect a higher error"
+        )
+    if batch.images_per_worker != _WORKER_OF_THE_PAPER:
+        found.append(
+            f"images_per_worker is {batch.images_per_worker}, not the paper's {_WORKER_OF_THE_PAPER}: n decides what "
+            "BatchNorm normalises together, so the small-batch reference must use the same n to be comparable (§2.3)"
+        )
+    if 0 < schedule.warmup_steps < _SHORT_WARMUP:
+        found.append(
+            f"the warmup has only {schedule.warmup_steps} steps (the paper's has 780 at a minibatch of 8192): each "
+            "raises the learning rate by a lot; if the loss jumps, warm up for more epochs"
+        )
+    if len(set(workers)) > 1:
+        found.append(
+            f"{batch.virtual_workers} virtual workers on {len(workers)} ranks come out uneven "
+            f"({max(workers)} on some, {min(workers)} on others): the result is the same, but ranks with fewer wait"
+        )
+    return found
+
+
+def describe(plan: Plan) -> str:
+    """The plan as the block of text that `plan` and `train` print."""
+    warmup = (
+        f"{plan.warmup_steps} steps, {plan.warmup_kind}, from {plan.reference_lr:g} to {plan.peak_lr:g}"
+        if plan.warmup_steps
+        else "none"
+    )
+    decay = (
+        f"at steps {', '.join(map(str, plan.decay_steps))}"
+        if plan.decay_kind == "step" and plan.decay_steps
+        else plan.decay_kind
+        if plan.decay_kind == "cosine"
+        else "none"
+    )
+    rows = [
+        (
+            "minibatch kn",
+            f"{plan.global_batch} = {plan.virtual_workers} virtual workers x {plan.images_per_worker} images",
+        ),
+        (
+            "ranks N",
+            f"{plan.world_size}, each running {_each(plan.workers_on_rank)} virtual workers "
+            f"({_each(plan.images_on_rank)} images) a step",
+        ),
+        ("training images", f"{plan.train_images}, of which each epoch drops {plan.dropped_images}"),
+        ("steps", f"{plan.total_steps}, {plan.steps_per_epoch} an epoch"),
+        ("peak learning rate", f"{plan.peak_lr:g} = {plan.lr_explanation}"),
+        ("warmup", warmup),
+        ("decay", decay),
+        ("reduction", plan.reduction),
+    ]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{label:<{width}}  {text}" for label, text in rows]
+    return "\n".join([f"plan of {plan.name}", *lines, *(f"warning: {w}" for w in plan.warnings)])
+
+
+def _each(counts: list[int]) -> str:
+    """``4`` or ``3 or 2``: what every rank has, or the values that occur."""
+    return " or ".join(str(count) for count in sorted(set(counts), reverse=True))

@@ -1,0 +1,220 @@
+"""From a config to a finished run folder: puts the components together, and lets the trainer run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch.config import Config, differences
+from largebatch.configfile.loading import dump_config, load_config
+from largebatch.data.catalog import facts
+from largebatch.data.load import load
+from largebatch.data.source import ImageSource
+from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.errors import ConfigError, DataError, UserError
+from largebatch.models.build import build
+from largebatch.plan import Plan, describe, make_order, make_plan
+from largebatch.recipe.batch import deal_passes
+from largebatch.recipe.schedule import make_schedule
+from largebatch.report.environment import describe_environment
+from largebatch.report.files import write_json_atomically, write_text_atomically
+from largebatch.report.metrics import open_writers
+from largebatch.report.plots import draw_curves
+from largebatch.report.progress import open_progress
+from largebatch.training.checkpoint import CheckpointFolder, deserialise
+from largebatch.training.evaluation import evaluate
+from largebatch.training.optimizer import make_optimizer
+from largebatch.training.precision import make_autocast
+from largebatch.training.trainer import Trainer
+from largebatch.training.virtual_workers import VirtualWorkers
+
+_OWN_FILES = (
+    "plan.json",
+    "environment.json",
+    "metrics.jsonl",
+    "summary.json",
+    "curves.png",
+    "model.pt",
+    "config.yaml",
+)
+_OWN_FOLDERS = ("tensorboard", "checkpoints")
+
+
+def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch) -> dict[str, Any]:
+    """Train `config` in `run_dir`, on as many ranks as `launch` says; returns the summary.
+
+    `resume` "auto" goes on from what the folder holds; "never" starts anew. Raises UserError for bad input,
+    before any process group exists where it can be told without the others, and HealthError.
+    """
+    _check_before_start(config, run_dir, resume, launch)
+    with connect(
+        launch,
+        device=config.execution.device,
+        backend=config.execution.backend,
+        threads=config.execution.threads,
+        timeout_seconds=60 * config.execution.timeout_minutes,
+    ) as ranks:
+        if resume == "never" and ranks.is_main:
+            _clear(run_dir)
+        ranks.barrier()
+        return _train_connected(config, run_dir, name, ranks)
+
+
+def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Launch) -> None:
+    """Every error that can be found without data, device or the other ranks."""
+    deal_passes(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
+    known = facts(config.data)
+    if known is not None:
+        make_order(config, known.train_images)
+    saved = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir: {run_dir} is a file; give a folder")
+    if resume == "auto" and saved.exists():
+        changed = differences(load_config(saved, [], Config), config)
+        if changed:
+            raise ConfigError(
+                f"--run-dir: {run_dir} holds a run of another config; choose another folder, or start anew with "
+                "--resume never (which deletes it):\n" + "\n".join(f"  {line}" for line in changed)
+            )
+
+
+def _clear(run_dir: Path) -> None:
+    """Delete the files of an earlier run, and nothing else."""
+    for name in _OWN_FILES:
+        (run_dir / name).unlink(missing_ok=True)
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+def _train_connected(config: Config, run_dir: Path, name: str, ranks: Ranks) -> dict[str, Any]:
+    sources = load(config.data, seed=config.seed, device=ranks.device)
+    plan = make_plan(
+        config,
+        name=name,
+        world_size=ranks.world_size,
+        train_images=sources[0].images,
+        val_images=sources[1].images,
+    )
+    trainer = make_trainer(
+        config, plan, ranks, sources, CheckpointFolder(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    )
+    data = ranks.broadcast(trainer.checkpoints.newest(_warn) if ranks.is_main else None)
+    if data is not None:
+        trainer.restore(deserialise(data, ranks.device))
+    first_step = trainer.step + 1 if data is not None else 0
+    if ranks.is_main:
+        _write_start(config, plan, run_dir)
+    total, done = trainer.schedule.total_steps, trainer.step
+    writer = open_writers(run_dir, is_main=ranks.is_main, first_step=first_step)
+    try:
+        with open_progress(is_main=ranks.is_main, total_steps=total, steps_done=done) as progress:
+            progress.note(describe(plan))
+            if done:
+                progress.note(f"going on from step {done} of {total}")
+            trainer.run(writer, progress)
+    finally:
+        writer.close()
+    return _finish(trainer, run_dir, ranks)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", flush=True)
+
+
+def _write_start(config: Config, plan: Plan, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(run_dir / "config.yaml", dump_config(config))
+    write_json_atomically(run_dir / "plan.json", plan.as_dict())
+    write_json_atomically(run_dir / "environment.json", describe_environment())
+
+
+def build_model(config: Config, source: ImageSource, ranks: Ranks) -> nn.Module:
+    """The config's model on this rank's device, initialised alike on all ranks."""
+    model = build(config.model, classes=source.classes, shape=source.shape, seed=config.seed).to(ranks.device)
+    if config.execution.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.execution.compile:
+        model.compile()  # in place: the names in its state_dict stay
+    return model
+
+
+def make_trainer(
+    config: Config,
+    plan: Plan,
+    ranks: Ranks,
+    sources: tuple[ImageSource, ImageSource],
+    checkpoints: CheckpointFolder,
+) -> Trainer:
+    """The trainer of `config`, at step 0."""
+    execution = config.execution
+    train_source, validation = sources
+    model = build_model(config, train_source, ranks)
+    optimizer = make_optimizer(model, config.optimizer, fused=execution.precision == "fp16")
+    virtual = VirtualWorkers(
+        model,
+        ranks,
+        virtual_workers=config.batch.virtual_workers,
+        workers_per_pass=execution.workers_per_pass,
+        reduction=execution.reduction,
+        batchnorm_momentum=config.batchnorm.momentum,
+        bucket_mb=execution.bucket_mb,
+        seed=config.seed,
+    )
+    return Trainer(
+        virtual=virtual,
+        optimizer=optimizer,
+        schedule=make_schedule(config.schedule, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch),
+        order=make_order(config, train_source.images),
+        train=train_source,
+        validation=validation,
+        ranks=ranks,
+        execution=execution,
+        evaluation=config.evaluation,
+        checkpointing=config.checkpoint,
+        logging=config.logging,
+        checkpoints=checkpoints,
+        loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,
+        precise_steps=config.batchnorm.precise_steps if config.batchnorm.statistics == "precise" else 0,
+    )
+
+
+def _finish(trainer: Trainer, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
+    """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end."""
+    with trainer.evaluation_statistics():
+        weights = {key: value.detach().cpu().contiguous() for key, value in trainer.virtual.model.state_dict().items()}
+    summary = trainer.summary()
+    if ranks.is_main:
+        temporary = run_dir / "model.tmp"
+        torch.save(weights, temporary)
+        temporary.replace(run_dir / "model.pt")
+        draw_curves(run_dir)
+        write_json_atomically(run_dir / "summary.json", summary)
+    ranks.barrier()
+    return summary
+
+
+def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
+    """Evaluate a finished run's `model.pt` as the run itself did. Raises UserError if there is none."""
+    if not (run_dir / "model.pt").exists():
+        raise UserError(f"{run_dir}: no model.pt here; give the folder of a run that has finished")
+    config = load_config(run_dir / "config.yaml", [], Config)
+    execution = config.execution
+    with connect(launch, device=execution.device, backend=execution.backend, threads=execution.threads) as ranks:
+        _, validation = load(config.data, seed=config.seed, device=ranks.device)
+        model = build_model(config, validation, ranks)
+        try:
+            model.load_state_dict(torch.load(run_dir / "model.pt", map_location=ranks.device, weights_only=True))
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            raise DataError(f"{run_dir / 'model.pt'}: not the weights of this run's model: {error}") from error
+        return evaluate(
+            model,
+            validation,
+            ranks,
+            images_per_batch=config.evaluation.images_per_batch,
+            autocast=make_autocast(execution.precision, ranks.device),
+            memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format,
+        )

@@ -1,0 +1,58 @@
+"""Exact evaluation: every image once, on any number of ranks (contract 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from largebatch.data.source import ImageSource, Pass
+from largebatch.distributed.environment import Ranks
+from largebatch.recipe.batch import block
+from largebatch.recipe.order import evaluation_batches
+
+
+def evaluate(
+    model: nn.Module,
+    source: ImageSource,
+    ranks: Ranks,
+    *,
+    images_per_batch: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> dict[str, float]:
+    """``val/loss``, ``val/top1_error`` and ``val/top5_error`` (percent) over all images of `source`.
+
+    The batches do not depend on N, and each rank writes the sums of its own batches into a row of its own, so
+    the sum over ranks adds zeros to them and is the same to the last bit on any N. ``val/images`` is their
+    number. The error among the best five is left out for sets of five classes or fewer.
+    """
+    batches = evaluation_batches(source.images, images_per_batch)
+    mine = block(len(batches), ranks.world_size, ranks.rank)
+    rows = torch.zeros(len(batches), 4, dtype=torch.float64, device=ranks.device)
+    passes = [Pass(0, np.arange(batches[b].start, batches[b].stop)) for b in mine]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for row, (images, labels) in zip(mine, source.stream(passes, augment=False), strict=True):
+            with autocast():
+                logits = model(images.contiguous(memory_format=memory_format))
+            rows[row] = _sums(logits.float() if logits.dtype != torch.float64 else logits, labels)
+    model.train(was_training)
+    loss, top1, top5, count = ranks.sum(rows).sum(dim=0).tolist()
+    assert count == source.images, f"evaluated {count} of {source.images} images"
+    result = {"val/loss": loss / count, "val/top1_error": 100 * (1 - top1 / count), "val/images": count}
+    if source.classes > 5:
+        result["val/top5_error"] = 100 * (1 - top5 / count)
+    return result
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss, images right at first, images right among the first five, images; float64 [4]."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
+    return torch.stack([loss, best[:, 0].sum().double(), best.sum().double(), loss.new_tensor(float(len(labels)))])

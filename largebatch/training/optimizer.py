@@ -1,0 +1,101 @@
+"""SGD as the paper uses it: what is decayed (§5.3), and the two forms of momentum (remark 2 of §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from largebatch.models.normalisation import batchnorm_modules
+from largebatch.training.settings import OptimizerSettings
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_batchnorm: bool = False) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` as two groups for an optimizer: decayed, and BatchNorm's γ and β.
+
+    BatchNorm is told by module type: names miss ``downsample.1``, and the number of dimensions spares
+    ``fc.bias``, which the paper decays.
+    """
+    normalising = {id(p) for _, module in batchnorm_modules(model) for p in module.parameters(recurse=False)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) not in normalising], "weight_decay": weight_decay},
+        {
+            "params": [p for p in trainable if id(p) in normalising],
+            "weight_decay": weight_decay if decay_batchnorm else 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool = False) -> Optimizer:
+    """The optimizer of `settings`; its learning rate is set at each step.
+
+    `fused` keeps the skipping of a step that overflowed (fp16) on the device, without a wait.
+    """
+    groups = parameter_groups(model, settings.weight_decay, decay_batchnorm=settings.decay_batchnorm)
+    if settings.momentum_form == "lr_outside":
+        # Nesterov's momentum of 0 is plain SGD, which torch refuses to spell so.
+        nesterov = settings.nesterov and settings.momentum > 0
+        return SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=nesterov, fused=fused or None)
+    corrected = settings.momentum_form == "lr_inside"
+    return LrInsideSGD(groups, momentum=settings.momentum, nesterov=settings.nesterov, corrected=corrected)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Use the learning rate `lr` in every group from the next update on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class LrInsideSGD(Optimizer):
+    """Momentum SGD with the learning rate inside the buffer, form (10) of the paper: v = m v + η g; w = w - v.
+
+    With `corrected`, v is multiplied by η_new/η_old whenever η changes (momentum correction), and the
+    trajectory is that of torch.optim.SGD; without, it is remark 2's pitfall.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        corrected: bool = True,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "buffer_lr": 0.0}
+        super().__init__(params, defaults)
+        self._nesterov = nesterov
+        self._corrected = corrected
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update with the gradients in ``p.grad`` (parameters without one are left alone)."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(group, parameters)
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        weights: list[Tensor] = [p.detach() for p in parameters]
+        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        change = lr / group["buffer_lr"] if self._corrected and group["buffer_lr"] > 0 else 1.0
+        torch._foreach_mul_(buffers, momentum * change)
+        torch._foreach_add_(buffers, gradients, alpha=lr)
+        group["buffer_lr"] = lr
+        if self._nesterov:
+            torch._foreach_mul_(gradients, lr)
+            torch._foreach_add_(gradients, buffers, alpha=momentum)
+            torch._foreach_sub_(weights, gradients)
+        else:
+            torch._foreach_sub_(weights, buffers)

@@ -1,0 +1,174 @@
+"""The paper's k workers, run by N ranks: their passes, gradients, losses and BatchNorm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.futures import Future
+
+from largebatch.distributed.environment import Ranks
+from largebatch.distributed.gradients import (
+    GradientExchange,
+    PartialGradients,
+    make_allreduce,
+    synchronise,
+    wrap,
+)
+from largebatch.recipe.batch import deal_passes
+from largebatch.recipe.draws import fold
+from largebatch.recipe.tree import Node, push
+from largebatch.training.batchnorm import BatchNormStatistics
+
+_MODEL_DRAWS = 3  # keeps the seeds of dropout and the like apart from those of order and augmentation
+
+
+class VirtualWorkers:
+    """A model that k virtual workers of n images train together, whatever the number of ranks.
+
+    Use it around an ordinary model and optimizer, on every rank alike::
+
+        for step in range(total_steps):
+            for workers in virtual.passes(step):          # this rank's share of the k workers
+                images, labels = ...                      # the n images of each of `workers`, in order
+                loss = cross_entropy(virtual(images), labels)
+                virtual.backward(loss)
+            optimizer.step()                              # every p.grad now is that of the mean over kn images
+
+    After the loop over `passes`, gradients are summed over all k workers, and BatchNorm's running statistics
+    have moved once towards the average over all k workers. With `reduction` "reproducible" the weights are
+    the same to the last bit on any number of ranks; with "fast" they are equal up to rounding.
+
+    The gradients of the step before are dropped by `passes`, so `optimizer.zero_grad()` is not needed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        *,
+        virtual_workers: int,
+        workers_per_pass: int = 1,
+        reduction: str = "reproducible",
+        batchnorm_momentum: float | None = None,
+        bucket_mb: float = 25.0,
+        seed: int = 0,
+    ) -> None:
+        """Wrap `model`, which already is on ``ranks.device``.
+
+        `batchnorm_momentum` is the weight of the old running average (None: what each module says).
+        Raises ConfigError if `virtual_workers` cannot be dealt to the ranks.
+        """
+        blocks = deal_passes(virtual_workers, workers_per_pass, ranks.world_size)
+        self.model = model
+        self.virtual_workers = virtual_workers
+        self._leaves = virtual_workers // workers_per_pass
+        self._block = blocks[ranks.rank]
+        self._tree = reduction == "reproducible"
+        self._seed = seed
+        self.batchnorm = BatchNormStatistics(model, workers_per_pass=workers_per_pass, momentum=batchnorm_momentum)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._gradients = PartialGradients(parameters, self._leaves, tree=self._tree)
+        self._distributed = ranks.world_size > 1
+        self._wrapped: nn.Module = model
+        if self._distributed:
+            self._allreduce = make_allreduce(ranks, reduction, blocks, self._leaves)
+            exchange = GradientExchange(self._gradients, self._allreduce)
+            self._wrapped = wrap(model, ranks, exchange, bucket_mb=bucket_mb)
+        self._sums: list[tuple[Node, Tensor]] = []
+        self._total: Future[Tensor] | None = None
+        self._leaf = -1
+        self.workers_by_pass = [range(p * workers_per_pass, (p + 1) * workers_per_pass) for p in self._block]
+        """The virtual workers of each of this rank's passes of a step, in order."""
+        self.loss = torch.zeros(())
+        """Mean loss over the kn images of the newest step (on the device; reading it waits for the device)."""
+        self.sums = torch.zeros(0)
+        """What `backward` was given as `also_sum`, summed over all k workers of the newest step."""
+
+    def passes(self, step: int) -> Iterator[range]:
+        """This rank's passes of `step`, each as the range of virtual workers that run in it."""
+        self._gradients.begin_step()
+        self.batchnorm.begin_step()
+        self._sums, self._total = [], None
+        for leaf, workers in zip(self._block, self.workers_by_pass, strict=True):
+            self._leaf = leaf
+            self._gradients.begin_pass(leaf)
+            # Dropout and the like draw from (seed, step, pass), never from what this process did before.
+            torch.manual_seed(fold(self._seed, _MODEL_DRAWS, step, leaf) >> 1)
+            with synchronise(self._wrapped, last=self._is_last_pass):
+                yield workers
+        self._finish_step()
+
+    @torch.no_grad()
+    def measure_statistics(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> Tensor:
+        """BatchNorm's statistics with the current weights, averaged over all k workers and `steps` steps.
+
+        Takes this rank's passes of images from `batches`; the running statistics stay as they are. The layout is
+        that of `BatchNormStatistics.read`.
+        """
+        average = torch.zeros_like(self.batchnorm.read())
+        for _ in range(steps):
+            self.batchnorm.begin_step()
+            self._sums = []
+            for leaf in self._block:
+                self._leaf = leaf
+                self.model(next(batches)[0])
+                self._add_sums(self.batchnorm.read())
+            average += self._reduce_sums() / (self._leaves * steps)
+            self.batchnorm.abandon_step()
+        return average
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's output for one pass, through DDP if there are several ranks."""
+        return self._wrapped(*inputs)
+
+    def backward(
+        self, loss: Tensor, *, also_sum: Tensor | None = None, scale: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Backward of one pass, whose `loss` is the mean over the pass's images.
+
+        `also_sum`, 1-D, is summed over the k workers beside the gradients (counts, say). `scale` (a
+        GradScaler's, say) is applied to what is differentiated, not to the loss that is reported.
+        """
+        parts = [self.batchnorm.read().to(loss.device), loss.detach().reshape(1)]
+        if also_sum is not None:
+            parts.append(also_sum.detach())
+        dtype = torch.promote_types(torch.float32, loss.dtype)
+        self._add_sums(torch.cat([part.to(dtype) for part in parts]))
+        if self._distributed and self._is_last_pass:
+            self._total = self._allreduce.start([value for _, value in self._sums])
+        # The mean over kn images is the sum over the passes of their means over the number of passes (remark 3).
+        share = loss / self._leaves
+        (scale(share) if scale else share).backward()
+
+    @property
+    def _is_last_pass(self) -> bool:
+        return self._leaf == self._block[-1]
+
+    def _add_sums(self, value: Tensor) -> None:
+        if self._tree or not self._sums:
+            push(self._sums, (self._leaf, self._leaf + 1), value, self._leaves, torch.add)
+        else:
+            self._sums[0][1].add_(value)
+
+    def _reduce_sums(self) -> Tensor:
+        """The passes' sums over all workers, at once."""
+        values = [value for _, value in self._sums]
+        if not self._distributed:
+            return values[0]
+        total = self._allreduce.start(values)
+        self._allreduce.flush()
+        return total.wait()
+
+    def _finish_step(self) -> None:
+        if self._total is not None:
+            total = self._total.wait()
+        else:
+            self._gradients.merge_locally()
+            total = self._reduce_sums()
+        size = self.batchnorm.read().numel()
+        self.batchnorm.finish_step(total[:size] / self._leaves)
+        self.loss = total[size] / self._leaves
+        self.sums = total[size + 1 :]
