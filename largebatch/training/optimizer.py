@@ -83,8 +83,8 @@ class LrInsideSGD(Optimizer):
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         lr, momentum = group["lr"], group["momentum"]
         weights: list[Tensor] = [p.detach() for p in parameters]
-        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-        gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        found = [p.grad for p in parameters if p.grad is not None]
+        gradients = list(torch._foreach_add(found, weights, alpha=group["weight_decay"]))
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
