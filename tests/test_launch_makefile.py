@@ -21,13 +21,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Not the variables of the make that runs these tests.
-    variables = {
-        k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "RANKS")
-    }
+    variables = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "RANKS")}
     command = ["make", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_train_installs_then_fetches_then_trains_on_two_ranks(checkout: Path) -> None:

@@ -43,9 +43,7 @@ def call(programs: Path, script: str, *arguments: str, **variables: str) -> subp
 def test_shellcheck_is_content(script: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(
-        ["shellcheck", ROOT / script], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(["shellcheck", ROOT / script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -114,9 +112,7 @@ class TestSlurm:
     @pytest.fixture(autouse=True)
     def slurm(self, programs: Path) -> None:
         names = 'for i in {1..3000}; do echo "gpu$i"; done'  # more than a pipe holds: nothing may break on it
-        add_program(
-            programs, "scontrol", f'[ "$1 $2" = "show hostnames" ] && {{ {names}; }} || echo "scontrol $*"'
-        )
+        add_program(programs, "scontrol", f'[ "$1 $2" = "show hostnames" ] && {{ {names}; }} || echo "scontrol $*"')
         add_program(programs, "srun", 'echo "srun" "$@"')
 
     def run(self, programs: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

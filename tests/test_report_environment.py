@@ -18,9 +18,7 @@ from largebatch.report.environment import describe_environment
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    done = subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -71,9 +69,7 @@ def test_the_commit_and_whether_tracked_files_differ(tmp_path: Path) -> None:
     assert environment._git(source) == {"commit": head, "dirty": True}
 
 
-def test_without_git_or_repository_there_is_no_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_git_or_repository_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment._git(tmp_path / "module.py") is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment._git(Path(environment.__file__)) is None
