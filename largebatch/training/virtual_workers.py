@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
+from largebatch.distributed.allreduce import AllReduce
 from largebatch.distributed.environment import Ranks
 from largebatch.distributed.gradients import (
     GradientExchange,
@@ -68,15 +70,18 @@ class VirtualWorkers:
         self._block = blocks[ranks.rank]
         self._tree = reduction == "reproducible"
         self._seed = seed
+        # The device's own: torch.manual_seed seeds every kind of device, which costs 0.7 ms without a GPU.
+        cuda = ranks.device.type == "cuda"
+        self._generator = torch.cuda.default_generators[ranks.device.index] if cuda else torch.default_generator
         self.batchnorm = BatchNormStatistics(model, workers_per_pass=workers_per_pass, momentum=batchnorm_momentum)
         parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = PartialGradients(parameters, self._leaves, tree=self._tree)
-        self._distributed = ranks.world_size > 1
+        self._distributed = ranks.distributed
         self._wrapped: nn.Module = model
         if self._distributed:
-            self._allreduce = make_allreduce(ranks, reduction, blocks, self._leaves)
-            exchange = GradientExchange(self._gradients, self._allreduce)
-            self._wrapped = wrap(model, ranks, exchange, bucket_mb=bucket_mb)
+            allreduce = make_allreduce(ranks, reduction, blocks, self._leaves)
+            self._exchange = GradientExchange(self._gradients, allreduce)
+            self._wrapped = wrap(model, ranks, self._exchange, bucket_mb=bucket_mb)
         self._sums: list[tuple[Node, Tensor]] = []
         self._total: Future[Tensor] | None = None
         self._leaf = -1
@@ -96,10 +101,25 @@ class VirtualWorkers:
             self._leaf = leaf
             self._gradients.begin_pass(leaf)
             # Dropout and the like draw from (seed, step, pass), never from what this process did before.
-            torch.manual_seed(fold(self._seed, _MODEL_DRAWS, step, leaf) >> 1)
+            self._generator.manual_seed(fold(self._seed, _MODEL_DRAWS, step, leaf) >> 1)
             with synchronise(self._wrapped, last=self._is_last_pass):
                 yield workers
         self._finish_step()
+
+    @contextlib.contextmanager
+    def exchange_by(self, allreduce: AllReduce) -> Iterator[None]:
+        """Inside, whole steps exchange by `allreduce` instead: to measure, or to leave the exchange out.
+
+        Does nothing where there is no DDP, hence nothing to exchange.
+        """
+        if not self._distributed:
+            yield
+            return
+        own, self._exchange.allreduce = self._exchange.allreduce, allreduce
+        try:
+            yield
+        finally:
+            self._exchange.allreduce = own
 
     @torch.no_grad()
     def measure_statistics(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> Tensor:
@@ -138,7 +158,7 @@ class VirtualWorkers:
         dtype = torch.promote_types(torch.float32, loss.dtype)
         self._add_sums(torch.cat([part.to(dtype) for part in parts]))
         if self._distributed and self._is_last_pass:
-            self._total = self._allreduce.start([value for _, value in self._sums])
+            self._total = self._exchange.allreduce.start([value for _, value in self._sums])
         # The mean over kn images is the sum over the passes of their means over the number of passes (remark 3).
         share = loss / self._leaves
         (scale(share) if scale else share).backward()
@@ -158,8 +178,8 @@ class VirtualWorkers:
         values = [value for _, value in self._sums]
         if not self._distributed:
             return values[0]
-        total = self._allreduce.start(values)
-        self._allreduce.flush()
+        total = self._exchange.allreduce.start(values)
+        self._exchange.allreduce.flush()
         return total.wait()
 
     def _finish_step(self) -> None:
