@@ -52,4 +52,6 @@ def bits(indices: Any, *keys: int) -> Any:
 
 def uniform(indices: Any, *keys: int) -> Any:
     """A float64 in [0, 1) for each of ``indices`` (int64 NumPy array or torch tensor) under ``keys``."""
-    return ((bits(indices, *keys) >> 11) & ((1 << 53) - 1)) * 2.0**-53
+    mantissas = (bits(indices, *keys) >> 11) & ((1 << 53) - 1)
+    # torch would make int64 times a Python float a float32, which rounds the largest draws up to 1.
+    return (mantissas.double() if hasattr(mantissas, "double") else mantissas) * 2.0**-53
