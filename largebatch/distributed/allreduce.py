@@ -34,11 +34,28 @@ class AllReduce(Protocol):
 class BackendAllReduce:
     """NCCL's or gloo's own all-reduce: equal on any N up to floating-point rounding."""
 
+    def __init__(self, ranks: Ranks) -> None:
+        self._group = ranks.group
+
     def start(self, parts: list[Tensor]) -> Future[Tensor]:
         """Begin to sum over ranks, in place of ``parts[0]``, the only part."""
         (buffer,) = parts
-        work = _started(dist.all_reduce(buffer, async_op=True))
+        work = _started(dist.all_reduce(buffer, group=self._group, async_op=True))
         return work.get_future().then(lambda done: done.value()[0])
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+class NoExchange:
+    """Sends nothing: each rank goes on with its own sums. Only to measure what the exchange costs."""
+
+    def start(self, parts: list[Tensor]) -> Future[Tensor]:
+        """Complete at once, with the newest of `parts`."""
+        cuda = parts[-1].is_cuda
+        total: Future[Tensor] = Future(devices=[parts[-1].device] if cuda else None)
+        total.set_result(parts[-1])
+        return total
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -127,6 +144,7 @@ class TreeAllReduce:
                 sent,
                 output_split_sizes=[count * sizes[rank] for count in held],
                 input_split_sizes=[len(parts) * size for size in sizes],
+                group=self._ranks.group,
                 async_op=True,
             )
         )
@@ -143,7 +161,7 @@ class TreeAllReduce:
             parts = dict(zip(nodes, exchange.received.view(-1, owned), strict=True))
             mine[:owned] = combine(self._root, parts, torch.add)
         gathered = mine.new_empty(chunk * self._ranks.world_size)
-        work = _started(dist.all_gather_into_tensor(gathered, mine, async_op=True))
+        work = _started(dist.all_gather_into_tensor(gathered, mine, group=self._ranks.group, async_op=True))
         if self._stream is not None:
             work.wait()  # makes this stream, not the host, wait; the future then notes the stream's event
             exchange.total.set_result(gathered[: exchange.elements])

@@ -40,7 +40,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         return _from_torchrun(environ)
     # An interactive shell inside an allocation has SLURM_PROCID too; only a job step has SLURM_STEP_ID set
     # together with more than one task.
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "SLURM_PROCID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _from_slurm(environ)
     return Launch()
 
@@ -49,7 +49,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     value = environ.get(name)
     if value is None and default is not None:
         return default
-    if value is None or not value.isdigit():
+    if value is None or not value.isdecimal():
         raise UserError(f"environment variable {name} is {value!r}; it must be a whole number, set by the launcher")
     return int(value)
 
@@ -109,6 +109,13 @@ class Ranks:
     world_size: int
     device: torch.device
     backend: str
+    group: dist.ProcessGroup | None = None
+    """The process group of these ranks; None: the launch's own, or none for one process."""
+
+    @property
+    def distributed(self) -> bool:
+        """Whether gradients go through DDP: with several ranks, or with one that has a group of its own."""
+        return self.world_size > 1 or self.group is not None
 
     @property
     def is_main(self) -> bool:
@@ -124,7 +131,7 @@ class Ranks:
         if self.world_size == 1:
             return tensor
         sent = tensor.to(self.wire_device)
-        dist.all_reduce(sent)
+        dist.all_reduce(sent, group=self.group)
         return sent.to(tensor.device)
 
     def broadcast(self, value: Any) -> Any:
@@ -132,7 +139,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         holder = [value]
-        dist.broadcast_object_list(holder, src=0, device=self.wire_device)
+        dist.broadcast_object_list(holder, group_src=0, group=self.group, device=self.wire_device)
         return holder[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -140,13 +147,13 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def choose_device(device: str, launch: Launch) -> torch.device:
@@ -184,11 +191,13 @@ def connect(
     backend: str = "auto",
     threads: int = 1,
     timeout_seconds: float = 600.0,
+    group_of_one: bool = False,
 ) -> Iterator[Ranks]:
     """The ranks that run together, as a context: makes the process group and takes it down again.
 
     `threads` (intra-op) is set here for every N alike, since torchrun sets OMP_NUM_THREADS for several
-    processes only, and the number of threads changes the order of sums inside a kernel.
+    processes only, and the number of threads changes the order of sums inside a kernel. With `group_of_one`
+    a process group exists for one process too, so that `Subgroups` can be made.
     """
     launch = launch or read_launch()
     torch.set_num_threads(threads)
@@ -196,12 +205,13 @@ def connect(
     ranks = Ranks(launch.rank, launch.world_size, here, choose_backend(backend, here, launch))
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    if launch.world_size == 1:
+    if launch.world_size == 1 and not group_of_one:
         yield ranks
         return
     dist.init_process_group(
         ranks.backend,
-        init_method=launch.init_method,
+        init_method=launch.init_method if launch.world_size > 1 else None,
+        store=dist.HashStore() if launch.world_size == 1 else None,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=datetime.timedelta(seconds=timeout_seconds),

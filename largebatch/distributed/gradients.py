@@ -127,7 +127,8 @@ class GradientExchange:
 
     def __init__(self, partial: PartialGradients, allreduce: AllReduce) -> None:
         self._partial = partial
-        self._allreduce = allreduce
+        self.allreduce = allreduce
+        """What sums the buckets; may be another one from one step to the next."""
 
     def hook(self, _: object, bucket: GradBucket) -> Future[Tensor]:
         """What DDP calls with each bucket, in one order on all ranks, when its gradients are ready."""
@@ -137,20 +138,20 @@ class GradientExchange:
             flat = torch.zeros_like(bucket.buffer())
             torch._foreach_copy_(_bucket_views(bucket, flat), gradients)
             parts.append(flat)
-        total = self._allreduce.start([*parts, bucket.buffer()])
+        total = self.allreduce.start([*parts, bucket.buffer()])
         if bucket.is_last():
-            self._allreduce.flush()
+            self.allreduce.flush()
         return total
 
 
 def make_allreduce(ranks: Ranks, reduction: str, blocks: list[range], leaves: int) -> AllReduce:
     """The all-reduce for `reduction`: ``fast`` or ``reproducible``."""
-    return BackendAllReduce() if reduction == "fast" else TreeAllReduce(ranks, blocks, leaves)
+    return BackendAllReduce(ranks) if reduction == "fast" else TreeAllReduce(ranks, blocks, leaves)
 
 
 def wrap(model: nn.Module, ranks: Ranks, exchange: GradientExchange, *, bucket_mb: float) -> DistributedDataParallel:
     """`model` under DDP with our exchange of gradients, its buffers left to us (BatchNorm, contract 4)."""
-    options: dict[str, Any] = {"bucket_cap_mb": bucket_mb}
+    options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "process_group": ranks.group}
     # torch 2.15 renames broadcast_buffers and warns of the old name; 2.11 knows the old one only.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
