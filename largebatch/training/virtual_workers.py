@@ -70,6 +70,9 @@ class VirtualWorkers:
         self._block = blocks[ranks.rank]
         self._tree = reduction == "reproducible"
         self._seed = seed
+        # The device's own: torch.manual_seed seeds every kind of device, which costs 0.7 ms without a GPU.
+        cuda = ranks.device.type == "cuda"
+        self._generator = torch.cuda.default_generators[ranks.device.index] if cuda else torch.default_generator
         self.batchnorm = BatchNormStatistics(model, workers_per_pass=workers_per_pass, momentum=batchnorm_momentum)
         parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = PartialGradients(parameters, self._leaves, tree=self._tree)
@@ -98,7 +101,7 @@ class VirtualWorkers:
             self._leaf = leaf
             self._gradients.begin_pass(leaf)
             # Dropout and the like draw from (seed, step, pass), never from what this process did before.
-            torch.manual_seed(fold(self._seed, _MODEL_DRAWS, step, leaf) >> 1)
+            self._generator.manual_seed(fold(self._seed, _MODEL_DRAWS, step, leaf) >> 1)
             with synchronise(self._wrapped, last=self._is_last_pass):
                 yield workers
         self._finish_step()
