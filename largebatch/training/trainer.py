@@ -189,9 +189,10 @@ class Trainer:
         )
 
     def _stream(self) -> Batches:
-        return self.train.stream(self._passes(range(self.step, self.schedule.total_steps)), augment=True)
+        return self.train.stream(self.passes(range(self.step, self.schedule.total_steps)), augment=True)
 
-    def _passes(self, steps: Iterable[int]) -> Iterator[Pass]:
+    def passes(self, steps: Iterable[int]) -> Iterator[Pass]:
+        """The images of this rank's passes of `steps`, in order."""
         for step in steps:
             for workers in self.virtual.workers_by_pass:
                 yield Pass(self.order.epoch_of(step), self.order.indices(step, workers))
@@ -250,7 +251,7 @@ class Trainer:
         count = min(self.precise_steps, self.order.steps_per_epoch)
         first = epoch * self.order.steps_per_epoch
         with (
-            contextlib.closing(self.train.stream(self._passes(range(first, first + count)), augment=True)) as stream,
+            contextlib.closing(self.train.stream(self.passes(range(first, first + count)), augment=True)) as stream,
             self.autocast(),
         ):
             precise = self.virtual.measure_statistics(TimedBatches(stream, self.memory_format), count)
