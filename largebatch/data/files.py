@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from largebatch.data.pictures import CROP_DRAWS, as_rgb, decode_file, training_view, validation_view
+from largebatch.data.pictures import (
+    CROP_DRAWS,
+    Picture,
+    from_object,
+    open_picture,
+    training_view,
+    validation_view,
+)
 from largebatch.data.pixels import Normalise, image_draws
 from largebatch.data.settings import DataSettings
 from largebatch.data.source import Batches, Pass
@@ -28,8 +35,8 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def picture(self, index: int) -> tuple[np.ndarray, int]:
-        """uint8 RGB [H, W, 3] and the label. Raises DataError, naming the file."""
+    def picture(self, index: int) -> tuple[Picture, int]:
+        """A picture and its label. Raises DataError, naming the file."""
         ...
 
 
@@ -50,15 +57,17 @@ class FolderPictures:
     def __len__(self) -> int:
         return len(self._files)
 
-    def picture(self, index: int) -> tuple[np.ndarray, int]:
+    def picture(self, index: int) -> tuple[Picture, int]:
         path = os.path.join(self._folder, os.fsdecode(self._files[index]))
-        return decode_file(path), int(self._labels[index])
+        return open_picture(path), int(self._labels[index])
 
 
 class DatasetPictures:
     """A map-style dataset of your own, giving (PIL image or uint8 [C, H, W] tensor, label)."""
 
     def __init__(self, dataset: Any, classes: int, where: str, limit: int | None = None) -> None:
+        if len(dataset) == 0:
+            raise DataError(f"{where}: the dataset has no images")
         self.classes = classes
         self._dataset, self._where = dataset, where
         self._count = min(limit or len(dataset), len(dataset))
@@ -66,7 +75,7 @@ class DatasetPictures:
     def __len__(self) -> int:
         return self._count
 
-    def picture(self, index: int) -> tuple[np.ndarray, int]:
+    def picture(self, index: int) -> tuple[Picture, int]:
         picture, label = self._dataset[index]
         if not 0 <= label < self.classes:
             raise DataError(
@@ -74,7 +83,7 @@ class DatasetPictures:
                 "mend the label or set data.classes"
             )
         try:
-            return as_rgb(picture), int(label)
+            return from_object(picture), int(label)
         except DataError as error:
             raise DataError(f"{self._where}, image {index}: {error}") from None
 
@@ -99,11 +108,11 @@ class Decoder:
         labels = torch.empty(len(requested.indices), dtype=torch.int64)
         draws = image_draws(requested.indices, CROP_DRAWS, seed=self._seed, epoch=requested.epoch).tolist()
         for row, index in enumerate(requested.indices.tolist()):
-            pixels, labels[row] = self._pictures.picture(index)
+            picture, labels[row] = self._pictures.picture(index)
             if self._augment:
-                images[row] = training_view(pixels, draws[row], size, how)
+                images[row] = training_view(picture, draws[row], size, how)
             else:
-                images[row] = validation_view(pixels, self._settings.resize_size, size)
+                images[row] = validation_view(picture, self._settings.resize_size, size)
         return images, labels
 
 
@@ -130,6 +139,8 @@ class PictureSource:
         batches = iter(self._loader(passes, augment))
         try:
             while (batch := _next(batches)) is not None:
+                if isinstance(batch, DataError):
+                    raise batch
                 images, labels = (part.to(self._device, non_blocking=True) for part in batch)
                 yield self._normalise(images), labels
         finally:
@@ -148,20 +159,20 @@ class PictureSource:
         )
 
 
-def _next(batches: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
-    """The next batch, None after the last. Raises DataError in the words of the loader process."""
+def _next(batches: Iterator[Any]) -> tuple[Tensor, Tensor] | DataError | None:
+    """The next batch, None after the last, or what went wrong.
+
+    Returned and not raised here: a traceback would hold on to `batches`, and that to the loader processes.
+    """
     try:
-        batch = next(batches, None)
+        return next(batches, None)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(
+        return DataError(
             f"a loader process died ({str(error).splitlines()[0]}); often too little memory or shared "
             "memory: lower data.loader_processes or data.prefetch, or give the container more --shm-size"
-        ) from None
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
+        )
 
 
 def class_names(root: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""Pictures from files: decoding, the random resized crop and the centre crop, all in uint8.
+"""Pictures from files: the random resized crop and the centre crop, all in uint8.
 
-Working in uint8 and leaving the normalisation to the device is what makes this several times as fast as the
-usual chain through float tensors.
+Working in uint8 and leaving the normalisation to the device is most of what makes this faster than the usual
+chain through float tensors; decoding no more than the crop needs is the rest.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
+from largebatch.data.jpeg import Frame, decode_top, find_frame
 from largebatch.data.settings import Augmentation
 from largebatch.errors import DataError
-
-try:
-    import simplejpeg
-except ImportError:  # Pillow decodes to the same pixels, in more time.
-    simplejpeg = None
 
 _TRIES = 10
 CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of each try, top, left, flip
@@ -29,37 +25,71 @@ CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of each try, top, left, flip
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def decode_file(path: str) -> np.ndarray:
-    """The picture in a file as uint8 RGB [H, W, 3]. Raises DataError that names the file."""
+class Picture(Protocol):
+    """A picture whose size is known before its pixels are."""
+
+    height: int
+    width: int
+
+    def top(self, rows: int) -> np.ndarray:
+        """At least the uppermost `rows`: uint8 RGB [rows or more, W, 3]. Raises DataError."""
+        ...
+
+
+class ArrayPicture:
+    """A picture that is decoded already: uint8 RGB [H, W, 3]."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.height, self.width = pixels.shape[:2]
+        self._pixels = pixels
+
+    def top(self, rows: int) -> np.ndarray:
+        return self._pixels
+
+
+class JpegPicture:
+    """A JPEG file that is decoded when its pixels are asked for."""
+
+    def __init__(self, path: str, data: bytes, frame: Frame) -> None:
+        self.height, self.width = frame.height, frame.width
+        self._path, self._data, self._frame = path, data, frame
+
+    def top(self, rows: int) -> np.ndarray:
+        try:
+            return decode_top(self._data, self._frame, rows)
+        except ValueError as error:
+            raise _damaged(self._path, self._data, error) from None
+
+
+def open_picture(path: str) -> Picture:
+    """The picture in a file; grey, palette and CMYK pictures become RGB. Raises DataError naming the file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             data = file.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from None
+    if frame := find_frame(data):
+        return JpegPicture(path, data, frame)
     try:
-        return decode(data)
+        with Image.open(io.BytesIO(data)) as picture:
+            return ArrayPicture(np.array(picture.convert("RGB")))
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "is no image" if isinstance(error, Image.UnidentifiedImageError) else f"is damaged ({error})"
-        raise DataError(f"{path}: {reason}, {len(data)} bytes; mend or remove the file") from None
+        raise _damaged(path, data, error) from None
 
 
-def decode(data: bytes) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of an encoded picture; grey, palette and CMYK pictures become RGB."""
-    if simplejpeg is not None and data.startswith(b"\xff\xd8"):
-        colours = simplejpeg.decode_jpeg_header(data)[2]
-        if colours not in ("CMYK", "YCCK"):
-            return simplejpeg.decode_jpeg(data)
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.array(picture.convert("RGB"))
+def _damaged(path: str, data: bytes, error: Exception) -> DataError:
+    no_image = isinstance(error, Image.UnidentifiedImageError)
+    reason = "is no image" if no_image else f"is damaged ({error})"
+    return DataError(f"{path}: {reason}, {len(data)} bytes; mend or remove the file")
 
 
-def as_rgb(picture: Any) -> np.ndarray:
-    """uint8 [H, W, 3] of a PIL image or a uint8 [C, H, W] tensor with 1 or 3 channels."""
+def from_object(picture: Any) -> Picture:
+    """A PIL image or a uint8 [C, H, W] tensor with 1 or 3 channels as a picture. Raises DataError."""
     if isinstance(picture, Image.Image):
-        return np.array(picture.convert("RGB"))
+        return ArrayPicture(np.array(picture.convert("RGB")))
     is_tensor = isinstance(picture, torch.Tensor)
     if is_tensor and picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[0] in (1, 3):
-        return picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+        return ArrayPicture(picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
     seen = f"{picture.dtype} {list(picture.shape)}" if is_tensor else type(picture).__name__
     raise DataError(f"a picture must be a PIL image or a uint8 tensor [1 or 3, H, W], not {seen}")
 
@@ -84,27 +114,28 @@ def random_crop(draws: Sequence[float], height: int, width: int, scale: Sequence
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    """The box of a picture [H, W, 3] resized with antialiasing to uint8 [height, width, 3]."""
+def resize(picture: Picture, box: Box, size: tuple[int, int]) -> torch.Tensor:
+    """The box of a picture resized with antialiasing: uint8 [height, width, 3]."""
     top, left, height, width = box
+    pixels = torch.from_numpy(picture.top(top + height))
     # Made 4-D before the axes are swapped: torch then knows it as channels_last and takes its fast kernel.
-    crop = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)[:, :, top : top + height, left : left + width]
+    crop = pixels[None].permute(0, 3, 1, 2)[:, :, top : top + height, left : left + width]
     resized = torch.nn.functional.interpolate(crop, size=size, mode="bilinear", antialias=True)
     return resized.permute(0, 2, 3, 1)[0]
 
 
-def training_view(pixels: np.ndarray, draws: Sequence[float], size: int, how: Augmentation) -> torch.Tensor:
-    """The random resized crop of a picture [H, W, 3], mirrored half of the times: uint8 [size, size, 3]."""
-    height, width = pixels.shape[:2]
-    view = resize(pixels, random_crop(draws, height, width, how.scale, how.ratio), (size, size))
+def training_view(picture: Picture, draws: Sequence[float], size: int, how: Augmentation) -> torch.Tensor:
+    """The random resized crop of a picture, mirrored half of the times: uint8 [size, size, 3]."""
+    box = random_crop(draws, picture.height, picture.width, how.scale, how.ratio)
+    view = resize(picture, box, (size, size))
     return view.flip(1) if how.flip and draws[CROP_DRAWS - 1] < 0.5 else view
 
 
-def validation_view(pixels: np.ndarray, resize_size: int, size: int) -> torch.Tensor:
+def validation_view(picture: Picture, resize_size: int, size: int) -> torch.Tensor:
     """Short side resized to `resize_size`, then the centre: uint8 [size, size, 3]."""
-    height, width = pixels.shape[:2]
+    height, width = picture.height, picture.width
     short = min(height, width)
     target = (int(resize_size * height / short), int(resize_size * width / short))
-    view = resize(pixels, (0, 0, height, width), target)
+    view = resize(picture, (0, 0, height, width), target)
     top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return view[top : top + size, left : left + size]
