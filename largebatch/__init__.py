@@ -10,7 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from largebatch.config import Config
+    from largebatch.config import read_config as load_config
+    from largebatch.data.load import load as load_data
     from largebatch.distributed.environment import Ranks, connect
+    from largebatch.models.build import build as build_model
     from largebatch.recipe.order import EpochOrder
     from largebatch.recipe.schedule import Schedule, ScheduleSettings, make_schedule
     from largebatch.training.evaluation import evaluate
@@ -19,34 +23,43 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "EpochOrder": "largebatch.recipe.order",
-    "Ranks": "largebatch.distributed.environment",
-    "Schedule": "largebatch.recipe.schedule",
-    "ScheduleSettings": "largebatch.recipe.schedule",
-    "VirtualWorkers": "largebatch.training.virtual_workers",
-    "connect": "largebatch.distributed.environment",
-    "evaluate": "largebatch.training.evaluation",
-    "make_schedule": "largebatch.recipe.schedule",
-    "parameter_groups": "largebatch.training.optimizer",
-    "set_lr": "largebatch.training.optimizer",
-}
-
 __all__ = [
+    "Config",
     "EpochOrder",
     "Ranks",
     "Schedule",
     "ScheduleSettings",
     "VirtualWorkers",
+    "build_model",
     "connect",
     "evaluate",
+    "load_config",
+    "load_data",
     "make_schedule",
     "parameter_groups",
     "set_lr",
 ]
 
+_HOMES = {
+    "Config": "largebatch.config:Config",
+    "EpochOrder": "largebatch.recipe.order:EpochOrder",
+    "Ranks": "largebatch.distributed.environment:Ranks",
+    "Schedule": "largebatch.recipe.schedule:Schedule",
+    "ScheduleSettings": "largebatch.recipe.schedule:ScheduleSettings",
+    "VirtualWorkers": "largebatch.training.virtual_workers:VirtualWorkers",
+    "build_model": "largebatch.models.build:build",
+    "connect": "largebatch.distributed.environment:connect",
+    "evaluate": "largebatch.training.evaluation:evaluate",
+    "load_config": "largebatch.config:read_config",
+    "load_data": "largebatch.data.load:load",
+    "make_schedule": "largebatch.recipe.schedule:make_schedule",
+    "parameter_groups": "largebatch.training.optimizer:parameter_groups",
+    "set_lr": "largebatch.training.optimizer:set_lr",
+}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'largebatch' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

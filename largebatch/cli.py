@@ -123,10 +123,9 @@ def data_fetch(
 
 
 def _load(config: Path, overrides: list[str] | None) -> Any:
-    from largebatch.config import Config
-    from largebatch.configfile.loading import load_config
+    from largebatch.config import read_config
 
-    return load_config(config, overrides or [], Config)
+    return read_config(config, overrides or [])
 
 
 def _images_of(config: Any) -> tuple[int, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
+from largebatch.configfile.loading import load_config
 from largebatch.data.settings import DataSettings
 from largebatch.models.settings import ModelSettings
 from largebatch.recipe.batch import BatchSettings
@@ -47,7 +49,7 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Decides initialisation, order, augmentation and dropout."""
 
     @model_validator(mode="after")
@@ -58,6 +60,11 @@ class Config(Section):
                 f"execution.workers_per_pass {m} does not divide batch.virtual_workers {k}; choose one that does"
             )
         return self
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The config in the YAML file `path`, with ``section.key=value`` overrides. Raises ConfigError."""
+    return load_config(Path(path), overrides, Config)
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from largebatch.config import Config, differences
-from largebatch.configfile.loading import dump_config, load_config
+from largebatch.config import Config, differences, read_config
+from largebatch.configfile.loading import dump_config
 from largebatch.data.catalog import facts
 from largebatch.data.load import load
 from largebatch.data.source import ImageSource
@@ -22,10 +24,10 @@ from largebatch.recipe.batch import deal_passes
 from largebatch.recipe.schedule import make_schedule
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically, write_text_atomically
-from largebatch.report.metrics import open_writers
+from largebatch.report.metrics import TENSORBOARD_FOLDER, open_writers
 from largebatch.report.plots import draw_curves
 from largebatch.report.progress import open_progress
-from largebatch.training.checkpoint import CheckpointFolder, deserialise
+from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
 from largebatch.training.evaluation import evaluate
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast
@@ -41,7 +43,7 @@ _OWN_FILES = (
     "model.pt",
     "config.yaml",
 )
-_OWN_FOLDERS = ("tensorboard", "checkpoints")
+_CHECKPOINTS = "checkpoints"
 
 
 def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch) -> dict[str, Any]:
@@ -58,10 +60,8 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
         threads=config.execution.threads,
         timeout_seconds=60 * config.execution.timeout_minutes,
     ) as ranks:
-        if resume == "never" and ranks.is_main:
-            _clear(run_dir)
-        ranks.barrier()
-        return _train_connected(config, run_dir, name, ranks)
+        finished = ranks.from_main(lambda: _open_folder(run_dir, resume))
+        return finished or _train_connected(config, run_dir, name, ranks)
 
 
 def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Launch) -> None:
@@ -70,24 +70,56 @@ def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Laun
     known = facts(config.data)
     if known is not None:
         make_order(config, known.train_images)
-    saved = run_dir / "config.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
+    # os.path's, because Path's raise where a name is too long, say.
+    if os.path.exists(run_dir) and not os.path.isdir(run_dir):
         raise UserError(f"--run-dir: {run_dir} is a file; give a folder")
-    if resume == "auto" and saved.exists():
-        changed = differences(load_config(saved, [], Config), config)
-        if changed:
-            raise ConfigError(
-                f"--run-dir: {run_dir} holds a run of another config; choose another folder, or start anew with "
-                "--resume never (which deletes it):\n" + "\n".join(f"  {line}" for line in changed)
+    if resume == "auto":
+        _check_same_config(config, run_dir)
+
+
+def _check_same_config(config: Config, run_dir: Path) -> None:
+    """Raise UserError unless what `run_dir` holds was trained with `config`."""
+    saved = run_dir / "config.yaml"
+    if not os.path.exists(saved):
+        if os.path.exists(run_dir / _CHECKPOINTS):
+            raise UserError(
+                f"--run-dir: {run_dir} holds checkpoints but no config.yaml that says of what; choose another folder, "
+                "or start anew with --resume never (which deletes them)"
             )
+        return
+    changed = differences(read_config(saved), config)
+    if changed:
+        raise ConfigError(
+            f"--run-dir: {run_dir} holds a run of another config; choose another folder, or start anew with "
+            "--resume never (which deletes it):\n" + "\n".join(f"  {line}" for line in changed)
+        )
+
+
+def _open_folder(run_dir: Path, resume: str) -> dict[str, Any] | None:
+    """Make the run folder, emptied of an earlier run if `resume` is "never"; the summary of a finished run."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+        if resume == "never":
+            _clear(run_dir)
+    except OSError as error:
+        raise UserError(
+            f"--run-dir: {error.filename}: {error.strerror}; give a folder that can be made and written"
+        ) from error
+    if not ((run_dir / "summary.json").exists() and (run_dir / "model.pt").exists()):
+        return None
+    print(f"{run_dir} holds this run, finished; nothing is left to do (--resume never starts it anew)", flush=True)
+    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
 
 
 def _clear(run_dir: Path) -> None:
     """Delete the files of an earlier run, and nothing else."""
     for name in _OWN_FILES:
         (run_dir / name).unlink(missing_ok=True)
-    for name in _OWN_FOLDERS:
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+    CheckpointFolder(run_dir / _CHECKPOINTS, keep=1).clear()
+    for events in (run_dir / TENSORBOARD_FOLDER).glob("events.out.tfevents.*"):
+        events.unlink()
 
 
 def _train_connected(config: Config, run_dir: Path, name: str, ranks: Ranks) -> dict[str, Any]:
@@ -100,7 +132,7 @@ def _train_connected(config: Config, run_dir: Path, name: str, ranks: Ranks) -> 
         val_images=sources[1].images,
     )
     trainer = make_trainer(
-        config, plan, ranks, sources, CheckpointFolder(run_dir / "checkpoints", keep=config.checkpoint.keep)
+        config, plan, ranks, sources, CheckpointFolder(run_dir / _CHECKPOINTS, keep=config.checkpoint.keep)
     )
     data = ranks.broadcast(trainer.checkpoints.newest(_warn) if ranks.is_main else None)
     if data is not None:
@@ -126,7 +158,6 @@ def _warn(text: str) -> None:
 
 
 def _write_start(config: Config, plan: Plan, run_dir: Path) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_text_atomically(run_dir / "config.yaml", dump_config(config))
     write_json_atomically(run_dir / "plan.json", plan.as_dict())
     write_json_atomically(run_dir / "environment.json", describe_environment())
@@ -199,17 +230,14 @@ def _finish(trainer: Trainer, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
 
 def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
     """Evaluate a finished run's `model.pt` as the run itself did. Raises UserError if there is none."""
-    if not (run_dir / "model.pt").exists():
+    if not os.path.isfile(run_dir / "model.pt"):
         raise UserError(f"{run_dir}: no model.pt here; give the folder of a run that has finished")
-    config = load_config(run_dir / "config.yaml", [], Config)
+    config = read_config(run_dir / "config.yaml")
     execution = config.execution
     with connect(launch, device=execution.device, backend=execution.backend, threads=execution.threads) as ranks:
         _, validation = load(config.data, seed=config.seed, device=ranks.device)
         model = build_model(config, validation, ranks)
-        try:
-            model.load_state_dict(torch.load(run_dir / "model.pt", map_location=ranks.device, weights_only=True))
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise DataError(f"{run_dir / 'model.pt'}: not the weights of this run's model: {error}") from error
+        _load_weights(model, run_dir / "model.pt", ranks.device)
         return evaluate(
             model,
             validation,
@@ -218,3 +246,12 @@ def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
             autocast=make_autocast(execution.precision, ranks.device),
             memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format,
         )
+
+
+def _load_weights(model: nn.Module, path: Path, device: torch.device) -> None:
+    with path.open("rb") as file:
+        weights = load_tensors(file, device, name=str(path))
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise DataError(f"{path}: not the weights of this run's model: {error}") from error

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from largebatch.data.source import ImageSource, Pass
 from largebatch.distributed.environment import Ranks
 from largebatch.recipe.batch import block
 from largebatch.recipe.order import evaluation_batches
+from largebatch.training.precision import Autocast
 
 
 def evaluate(
@@ -22,7 +22,7 @@ def evaluate(
     ranks: Ranks,
     *,
     images_per_batch: int,
-    autocast: Callable[[], AbstractContextManager[object]],
+    autocast: Autocast = nullcontext,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
     """``val/loss``, ``val/top1_error`` and ``val/top5_error`` (percent) over all images of `source`.
