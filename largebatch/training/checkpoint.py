@@ -6,17 +6,19 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from largebatch.errors import UserError
+from largebatch.errors import DataError
 from largebatch.report.files import write_json_atomically
 
 FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
 
 
 @dataclass
@@ -52,11 +54,31 @@ def serialise(state: TrainState) -> bytes:
 
 
 def deserialise(data: bytes, device: torch.device) -> TrainState:
-    """The inverse of `serialise`, tensors on `device`; loads tensors and plain values only."""
-    loaded = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    if loaded.pop("format") != FORMAT:
-        raise UserError(f"the checkpoint is of another format than {FORMAT}; it was written by another version")
+    """The inverse of `serialise`, tensors on `device`; loads tensors and plain values only.
+
+    Raises DataError where the bytes are whole, but not what this version writes.
+    """
+    loaded = load_tensors(io.BytesIO(data), device, name="the newest checkpoint")
+    fields = {"format"} | TrainState.__dataclass_fields__.keys()
+    if not isinstance(loaded, dict) or loaded.keys() != fields or loaded.pop("format") != FORMAT:
+        raise DataError(
+            f"the newest checkpoint is not of format {FORMAT}, so another version wrote it; go on with that version, "
+            "or start anew with --resume never"
+        )
     return TrainState(**loaded)
+
+
+def load_tensors(file: BinaryIO, device: torch.device, *, name: str) -> Any:
+    """What torch.save wrote to `file`, if it is tensors and plain values: nothing else is ever unpickled.
+
+    Raises DataError, which calls the file `name`, for anything else.
+    """
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+        raise DataError(
+            f"{name}: damaged, or holds more than tensors and plain values, and is not loaded ({type(error).__name__})"
+        ) from error
 
 
 def _shallow(state: TrainState) -> dict[str, Any]:
@@ -80,13 +102,13 @@ class CheckpointFolder:
         self._keep = keep
 
     def save(self, step: int, data: bytes) -> Path:
-        """Write `data` as the checkpoint of `step`, then drop all but the newest `keep`.
+        """Write `data` as the checkpoint of `step`, then drop all but the newest `keep` up to it.
 
         The data come first and the manifest last, each by rename, so that a kill at any moment leaves either
         a whole checkpoint or none, and never touches the ones before.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"step_{step:08d}.pt"
+        path = self._path(step)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             file.write(data)
@@ -95,31 +117,54 @@ class CheckpointFolder:
         temporary.replace(path)
         manifest = _Manifest(step, len(data), hashlib.sha256(data).hexdigest())
         write_json_atomically(path.with_suffix(".json"), asdict(manifest))
-        for old in self._manifests()[: -self._keep]:
-            old.unlink()  # first the manifest: without it the data do not count
-            old.with_suffix(".pt").unlink(missing_ok=True)
+        # A later step's is one that was damaged, and passed over when the run went on from before it.
+        steps = self._steps()
+        kept = [saved for saved in steps if saved <= step][-self._keep :]
+        self._remove([saved for saved in steps if saved not in kept])
         return path
 
     def newest(self, warn: Callable[[str], None]) -> bytes | None:
         """The newest checkpoint that is whole, or None; each damaged one is passed over and told to `warn`."""
-        for manifest in reversed(self._manifests()):
-            path = manifest.with_suffix(".pt")
+        steps = self._steps()
+        for step in reversed(steps):
             try:
-                return _verified(path, manifest)
+                return _verified(self._path(step), step)
             except (OSError, ValueError, TypeError) as error:
-                warn(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+                why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+                warn(f"checkpoint {self._path(step)} is damaged and passed over ({why})")
+        if steps:
+            warn("no checkpoint is whole; the run starts again from step 0")
         return None
 
-    def _manifests(self) -> list[Path]:
-        return sorted(self._folder.glob("step_*.json"))
+    def clear(self) -> None:
+        """Remove all checkpoints, and nothing else."""
+        self._remove(self._steps())
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step_{step:08d}.pt"
+
+    def _steps(self) -> list[int]:
+        """The steps that have a checkpoint, or a part of one, in ascending order."""
+        names = [_NAME.fullmatch(path.name) for path in self._folder.glob("step_*")]
+        return sorted({int(name[1]) for name in names if name})
+
+    def _remove(self, steps: list[int]) -> None:
+        """Remove these checkpoints, and what a kill in the middle of writing left."""
+        for step in steps:  # first the manifest: without it the data do not count
+            self._path(step).with_suffix(".json").unlink(missing_ok=True)
+            self._path(step).unlink(missing_ok=True)
+        for torn in self._folder.glob("step_*.tmp"):
+            torn.unlink()
 
 
-def _verified(path: Path, manifest_path: Path) -> bytes:
+def _verified(path: Path, step: int) -> bytes:
     """The bytes of a checkpoint; raises ValueError, TypeError or OSError if they are not those written."""
-    manifest = _Manifest(**json.loads(manifest_path.read_text()))
+    manifest = _Manifest(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
     data = path.read_bytes()
     if len(data) != manifest.size:
         raise ValueError(f"{len(data)} bytes instead of {manifest.size}")
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its SHA-256 is not the one written")
+    if manifest.step != step:
+        raise ValueError(f"its manifest is of step {manifest.step}")
     return data

@@ -122,7 +122,7 @@ class Trainer:
         )
 
     def restore(self, state: TrainState) -> None:
-        """Go on from `state`. Raises UserError if this run would see the images in another order."""
+        """Go on from `state`. Raises UserError if this run has another order of images, or another model."""
         if state.images_consumed != self.order.images_consumed(state.step):
             raise UserError(
                 f"the checkpoint has consumed {state.images_consumed} images in {state.step} steps, this run would "
@@ -133,8 +133,11 @@ class Trainer:
                 f"the checkpoint saw the images of epoch {self.order.epoch_of(state.step)} in another order than this "
                 "run would; the data set and the seed must be the same"
             )
-        self.virtual.model.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
+        try:
+            self.virtual.model.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint does not fit this run's model, whose code has changed: {error}") from error
         self.scaler.load_state_dict(state.scaler)
         self._interval = _Interval(**state.interval)
         self.step = state.step
