@@ -14,7 +14,7 @@ class OptimizerSettings(Section):
 
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=1e6)
     decay_batchnorm: bool = False
     """Decay BatchNorm's γ and β too: the paper does not, many codebases do."""
     momentum_form: Literal["lr_outside", "lr_inside", "lr_inside_uncorrected"] = "lr_outside"
@@ -49,12 +49,12 @@ class ExecutionSettings(Section):
     workers_per_pass: int = Field(1, ge=1)
     """Virtual workers in one forward and backward; divides batch.virtual_workers. Part of the rounding, like
     the precision: keep it when you change the number of ranks."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=1024)
     """Intra-op threads of each rank. Part of the rounding on CPUs, so it comes from here and not from
     OMP_NUM_THREADS; to use more cores, rather start more ranks."""
     bucket_mb: float = Field(25.0, gt=0)
     """Size of DDP's gradient buckets, in MiB."""
-    timeout_minutes: float = Field(10.0, gt=0)
+    timeout_minutes: float = Field(10.0, gt=0, le=1e6)
     """How long a rank waits for the others before it gives up."""
 
 
