@@ -6,14 +6,16 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from largebatch.errors import UserError
+
+T = TypeVar("T")
 
 RENDEZVOUS = "LARGEBATCH_RENDEZVOUS"
 """Variable with an init method of torch.distributed (``file:///shared/path``) for use without a port."""
@@ -56,24 +58,28 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 def _from_torchrun(environ: Mapping[str, str]) -> Launch:
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
-    if world_size < 1 or rank >= world_size:
-        raise UserError(
-            f"environment variables RANK={rank} and WORLD_SIZE={world_size}: the rank must be below the size"
-        )
+    _check_below("RANK", rank, "WORLD_SIZE", world_size)
     init_method = environ.get(RENDEZVOUS, "env://")
     if world_size > 1 and init_method == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         raise UserError(
             f"WORLD_SIZE={world_size} but MASTER_ADDR and MASTER_PORT are not both set; start with torchrun, or set "
             f"{RENDEZVOUS}=file:///a/path/that/all/ranks/see"
         )
-    return Launch(
-        rank,
-        world_size,
-        local_rank=_number(environ, "LOCAL_RANK", rank),
-        local_world_size=_number(environ, "LOCAL_WORLD_SIZE", world_size),
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "environment",
-        init_method=init_method,
-    )
+    if world_size > 1 and init_method == "env://":
+        _number(environ, "MASTER_PORT")
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "environment"
+    local_rank = _number(environ, "LOCAL_RANK", rank)
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
+    _check_below("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)
+    return Launch(rank, world_size, local_rank, local_world_size, launcher, init_method)
+
+
+def _check_below(rank_name: str, rank: int, size_name: str, size: int) -> None:
+    if rank >= size:
+        raise UserError(
+            f"environment variables {rank_name}={rank} and {size_name}={size}: the rank must be below the size; "
+            "start with torchrun or srun, which set both"
+        )
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch:
@@ -82,13 +88,15 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
     port = 20000 + _number(environ, "SLURM_JOB_ID") % 10000
     address = environ.get("MASTER_ADDR") or first_host(nodes)
     tasks_here = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
+    _check_below("SLURM_PROCID", rank, "SLURM_STEP_NUM_TASKS", world_size)
     return Launch(
-        rank=_number(environ, "SLURM_PROCID"),
-        world_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
+        rank,
+        world_size,
         local_rank=_number(environ, "SLURM_LOCALID"),
         local_world_size=int(tasks_here.group()) if tasks_here else 1,
         launcher="srun",
-        init_method=environ.get(RENDEZVOUS, f"tcp://{address}:{environ.get('MASTER_PORT', port)}"),
+        init_method=environ.get(RENDEZVOUS, f"tcp://{address}:{_number(environ, 'MASTER_PORT', port)}"),
     )
 
 
@@ -141,6 +149,19 @@ class Ranks:
         holder = [value]
         dist.broadcast_object_list(holder, group_src=0, group=self.group, device=self.wire_device)
         return holder[0]
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank; a UserError that it raises there is raised on all."""
+        outcome: tuple[T | None, UserError | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (function(), None)
+            except UserError as error:
+                outcome = (None, error)
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (plain Python values), in rank order, on every rank."""
@@ -208,16 +229,25 @@ def connect(
     if launch.world_size == 1 and not group_of_one:
         yield ranks
         return
-    dist.init_process_group(
-        ranks.backend,
-        init_method=launch.init_method if launch.world_size > 1 else None,
-        store=dist.HashStore() if launch.world_size == 1 else None,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        device_id=here if ranks.backend == "nccl" else None,
-    )
+    _meet(launch, ranks, timeout_seconds)
     try:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> None:
+    try:
+        dist.init_process_group(
+            ranks.backend,
+            init_method=launch.init_method if launch.world_size > 1 else None,
+            store=dist.HashStore() if launch.world_size == 1 else None,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            device_id=ranks.device if ranks.backend == "nccl" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {launch.world_size} ranks ({launch.launcher}, {launch.init_method}) could not meet: {error}"
+        ) from error
