@@ -81,7 +81,8 @@ def _check_same_config(config: Config, run_dir: Path) -> None:
     """Raise UserError unless what `run_dir` holds was trained with `config`."""
     saved = run_dir / "config.yaml"
     if not os.path.exists(saved):
-        if os.path.exists(run_dir / _CHECKPOINTS):
+        checkpoints = run_dir / _CHECKPOINTS
+        if os.path.isdir(checkpoints) and os.listdir(checkpoints):
             raise UserError(
                 f"--run-dir: {run_dir} holds checkpoints but no config.yaml that says of what; choose another folder, "
                 "or start anew with --resume never (which deletes them)"
@@ -107,10 +108,19 @@ def _open_folder(run_dir: Path, resume: str) -> dict[str, Any] | None:
         raise UserError(
             f"--run-dir: {error.filename}: {error.strerror}; give a folder that can be made and written"
         ) from error
-    if not ((run_dir / "summary.json").exists() and (run_dir / "model.pt").exists()):
+    return _finished(run_dir)
+
+
+def _finished(run_dir: Path) -> dict[str, Any] | None:
+    """The summary, which is written last, of a run that has come to its end."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not (run_dir / "model.pt").exists():
         return None
     print(f"{run_dir} holds this run, finished; nothing is left to do (--resume never starts it anew)", flush=True)
-    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def _clear(run_dir: Path) -> None:
@@ -166,6 +176,8 @@ def _write_start(config: Config, plan: Plan, run_dir: Path) -> None:
 def build_model(config: Config, source: ImageSource, ranks: Ranks) -> nn.Module:
     """The config's model on this rank's device, initialised alike on all ranks."""
     model = build(config.model, classes=source.classes, shape=source.shape, seed=config.seed).to(ranks.device)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model.name: {config.model.name!r} has no parameters to train")
     if config.execution.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.execution.compile:
