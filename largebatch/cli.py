@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -145,12 +146,14 @@ def _images_of(config: Any) -> tuple[int, int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 2 the user's input is wrong, 3 stopped by health."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no "§" is no reason to stop
     try:
         status = app(args=arguments, standalone_mode=False)
         return status if isinstance(status, int) else EXIT_OK
     except (UserError, HealthError) as error:
-        # What is wrong with the config is wrong on every rank alike: one of them says it.
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+        # What is wrong with the config is wrong on every rank alike: the first one of each machine says it.
+        if not isinstance(error, ConfigError) or _from_launcher("LOCAL_RANK", "SLURM_LOCALID") in (None, "0"):
             _complain(str(error))
         return error.exit_status
     except typer.Exit as exit_:
@@ -168,11 +171,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _complain(text: str) -> None:
     """Print to standard error, each line prefixed with the rank where there are several."""
-    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    prefix = f"[rank {rank}] " if rank is not None and world_size != "1" else ""
+    rank = _from_launcher("RANK", "SLURM_PROCID")
+    prefix = f"[rank {rank}] " if rank is not None else ""
     print(
         "".join(f"{prefix}{line}\n" for line in text.rstrip().splitlines()),
         end="",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _from_launcher(torchrun: str, slurm: str) -> str | None:
+    """The variable that torchrun or Slurm set for one of several ranks; None for a process alone."""
+    for name, size in ((torchrun, "WORLD_SIZE"), (slurm, "SLURM_STEP_NUM_TASKS")):
+        if size in os.environ:
+            return os.environ.get(name) if os.environ[size] != "1" else None
+    return None
