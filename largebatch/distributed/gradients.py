@@ -21,6 +21,8 @@ from largebatch.distributed.environment import Ranks
 from largebatch.errors import UserError
 from largebatch.recipe.tree import Node, is_node, push
 
+_REMEDY = "every parameter must take part in the loss of every pass (freeze the others with requires_grad_(False))"
+
 
 class PartialGradients:
     """This rank's gradients of one step: the newest subtree in ``p.grad``, older ones beside it.
@@ -79,8 +81,7 @@ class PartialGradients:
         if len(found) != len(self.parameters):
             raise UserError(
                 f"{len(self.parameters) - len(found)} of the model's {len(self.parameters)} trainable parameters got "
-                "no gradient; every parameter must take part in the loss of every pass (freeze the others with "
-                "requires_grad_(False))"
+                f"no gradient; {_REMEDY}"
             )
         return found
 
@@ -129,6 +130,7 @@ class GradientExchange:
         self._partial = partial
         self.allreduce = allreduce
         """What sums the buckets; may be another one from one step to the next."""
+        self._complete = False
 
     def hook(self, _: object, bucket: GradBucket) -> Future[Tensor]:
         """What DDP calls with each bucket, in one order on all ranks, when its gradients are ready."""
@@ -140,8 +142,17 @@ class GradientExchange:
             parts.append(flat)
         total = self.allreduce.start([*parts, bucket.buffer()])
         if bucket.is_last():
+            self._complete = True
             self.allreduce.flush()
         return total
+
+    def check_complete(self) -> None:
+        """Raises UserError if the last pass of a step left out a parameter: DDP has not handed over its bucket
+        then, nor any later one, and a wait for them would never end."""
+        complete, self._complete = self._complete, False
+        if not complete:
+            self._partial.gradients()
+            raise UserError(f"a trainable parameter got no gradient in the last pass of a step; {_REMEDY}")
 
 
 def make_allreduce(ranks: Ranks, reduction: str, blocks: list[range], leaves: int) -> AllReduce:

@@ -24,7 +24,8 @@ from largebatch.recipe.draws import fold
 from largebatch.recipe.tree import Node, push
 from largebatch.training.batchnorm import BatchNormStatistics
 
-_MODEL_DRAWS = 3  # keeps the seeds of dropout and the like apart from those of order and augmentation
+# Keep the seeds of dropout and the like apart from those of order and augmentation, and from each other.
+_MODEL_DRAWS, _STATISTICS_DRAWS = 3, 4
 
 
 class VirtualWorkers:
@@ -100,8 +101,7 @@ class VirtualWorkers:
         for leaf, workers in zip(self._block, self.workers_by_pass, strict=True):
             self._leaf = leaf
             self._gradients.begin_pass(leaf)
-            # Dropout and the like draw from (seed, step, pass), never from what this process did before.
-            self._generator.manual_seed(fold(self._seed, _MODEL_DRAWS, step, leaf) >> 1)
+            self._seed_draws(_MODEL_DRAWS, step, leaf)
             with synchronise(self._wrapped, last=self._is_last_pass):
                 yield workers
         self._finish_step()
@@ -129,11 +129,12 @@ class VirtualWorkers:
         that of `BatchNormStatistics.read`.
         """
         average = torch.zeros_like(self.batchnorm.read())
-        for _ in range(steps):
+        for step in range(steps):
             self.batchnorm.begin_step()
             self._sums = []
             for leaf in self._block:
                 self._leaf = leaf
+                self._seed_draws(_STATISTICS_DRAWS, step, leaf)
                 self.model(next(batches)[0])
                 self._add_sums(self.batchnorm.read())
             average += self._reduce_sums() / (self._leaves * steps)
@@ -163,6 +164,10 @@ class VirtualWorkers:
         share = loss / self._leaves
         (scale(share) if scale else share).backward()
 
+    def _seed_draws(self, kind: int, step: int, leaf: int) -> None:
+        """Dropout and the like draw from (seed, step, pass), never from what this process did before."""
+        self._generator.manual_seed(fold(self._seed, kind, step, leaf) >> 1)
+
     @property
     def _is_last_pass(self) -> bool:
         return self._leaf == self._block[-1]
@@ -184,6 +189,7 @@ class VirtualWorkers:
 
     def _finish_step(self) -> None:
         if self._total is not None:
+            self._exchange.check_complete()
             total = self._total.wait()
         else:
             self._gradients.merge_locally()
