@@ -25,14 +25,15 @@ class BatchNormStatistics:
 
     def __init__(self, model: nn.Module, *, workers_per_pass: int, momentum: float | None = None) -> None:
         """`momentum` is the weight of the old average; None keeps each module's own (1 - its momentum)."""
-        self._modules = [m for _, m in batchnorm_modules(model) if m.track_running_stats]
+        modules = [module for _, module in batchnorm_modules(model)]
+        self._modules = [m for m in modules if m.track_running_stats]
         rates = [_rate(module, momentum) for module in self._modules]
         sizes = [module.num_features for module in self._modules]
         per_channel = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
         self._rates = torch.tensor(per_channel * 2)
         self._momenta = [module.momentum for module in self._modules]
-        for module in self._modules:
-            if workers_per_pass > 1:
+        if workers_per_pass > 1:
+            for module in modules:
                 module.forward = functools.partial(_normalise_groups, module, workers_per_pass)  # type: ignore[method-assign]
         self._saved: Tensor | None = None
         self._steps: list[Tensor] = []
@@ -57,7 +58,7 @@ class BatchNormStatistics:
         if self._saved is None:
             return
         self._rates = self._rates.to(self._saved)
-        self._restore(torch.lerp(self._saved, batch_average, self._rates), tracked_steps=1)
+        self._restore(torch.lerp(self._saved, batch_average.to(self._saved), self._rates), tracked_steps=1)
 
     @torch.no_grad()
     def abandon_step(self) -> None:
