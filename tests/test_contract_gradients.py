@@ -1,0 +1,313 @@
+"""Contract 1 and the promise of `reproducible`, on real processes: the gradient is that of the mean loss over
+kn images, whatever N is, and with the tree it is the same to the last bit."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.errors import ConfigError, UserError
+from largebatch.training.precision import make_autocast
+from largebatch.training.virtual_workers import VirtualWorkers
+
+IMAGES_PER_WORKER, SHAPE, CLASSES, STEPS, LR = 3, (3, 6, 6), 5, 3, 0.1
+
+
+class Tied(nn.Module):
+    """A parameter that is used twice, and one of a single element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(108, 108)
+        self.outer = nn.Linear(108, CLASSES)
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        once = torch.tanh(self.inner(images.flatten(1)))
+        return self.outer(torch.tanh(self.inner(once))) * self.temperature
+
+
+def layernorm() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, CLASSES))
+
+
+def frozen() -> nn.Module:
+    model = layernorm()
+    model[1].requires_grad_(False)
+    return model
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, (3, 2), groups=2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
+
+
+def dropout() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 24), nn.Dropout(0.5), nn.BatchNorm1d(24), nn.Linear(24, CLASSES))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained for three steps."""
+
+    model: Callable[[], nn.Module]
+    k: int
+    reduction: str = "reproducible"
+    workers_per_pass: int = 1
+    bucket_mb: float = 25.0
+    channels_last: bool = False
+    precision: str = "fp64"
+
+    @property
+    def ranks(self) -> range:
+        return range(1, min(4, self.k // self.workers_per_pass) + 1)
+
+
+TINY = 1e-6  # MiB: a bucket for every parameter
+CASES = {
+    "fast": Case(layernorm, 8, "fast"),
+    "fast, k=5": Case(convolutions, 5, "fast"),
+    "fast, buckets": Case(convolutions, 8, "fast", bucket_mb=TINY, channels_last=True),
+    "fast, two workers a pass": Case(convolutions, 8, "fast", workers_per_pass=2),
+    "tree": Case(layernorm, 8),
+    "tree, BatchNorm": Case(convolutions, 8),
+    "tree, k=5": Case(convolutions, 5),
+    "tree, buckets": Case(convolutions, 7, bucket_mb=TINY),
+    "tree, channels_last": Case(convolutions, 8, channels_last=True),
+    "tree, channels_last, buckets": Case(convolutions, 7, channels_last=True, bucket_mb=TINY),
+    "tree, two workers a pass": Case(convolutions, 8, workers_per_pass=2),
+    "tree, frozen parameters": Case(frozen, 7, bucket_mb=TINY),
+    "tree, tied parameters": Case(Tied, 8, bucket_mb=TINY),
+}
+# Equal to the last bit on 1 to 6 ranks.
+BITWISE = {
+    "k=8": Case(convolutions, 8, precision="fp32"),
+    "k=7, buckets": Case(convolutions, 7, precision="fp32", bucket_mb=TINY),
+    "k=6, channels_last": Case(convolutions, 6, precision="fp32", channels_last=True),
+    "k=8, bf16, channels_last": Case(convolutions, 8, precision="bf16", channels_last=True),
+    "k=12, two workers a pass": Case(convolutions, 12, precision="fp32", workers_per_pass=2),
+    "k=8, dropout": Case(dropout, 8, precision="fp32"),
+}
+
+
+class Batch(NamedTuple):
+    images: Tensor  # [k, n, C, H, W]
+    labels: Tensor  # [k, n]
+
+
+def batch(case: Case, step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(case.k, IMAGES_PER_WORKER, *SHAPE, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (case.k, IMAGES_PER_WORKER), generator=generator)
+    return Batch(images if case.precision == "fp64" else images.float(), labels)
+
+
+def make_model(case: Case) -> nn.Module:
+    torch.manual_seed(1)
+    model = case.model()
+    model = model.double() if case.precision == "fp64" else model
+    return model.to(memory_format=torch.channels_last) if case.channels_last else model
+
+
+class Outcome(NamedTuple):
+    gradients: list[list[np.ndarray]]  # [step][parameter]
+    losses: list[float]
+    sums: list[float]
+    digests: list[str]  # one for each step: gradients, BatchNorm's statistics, loss and sums
+
+
+def train(case: Case, ranks: Ranks) -> Outcome:
+    """Three steps of plain SGD; DDP lays its buckets out anew after the first."""
+    model = make_model(case)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
+    virtual = VirtualWorkers(
+        model,
+        ranks,
+        virtual_workers=case.k,
+        workers_per_pass=case.workers_per_pass,
+        reduction=case.reduction,
+        bucket_mb=case.bucket_mb,
+        seed=3,
+    )
+    autocast = make_autocast("bf16" if case.precision == "bf16" else "fp32", ranks.device)
+    outcome = Outcome([], [], [], [])
+    for step in range(STEPS):
+        images, labels = batch(case, step)
+        for workers in virtual.passes(step):
+            chosen = images[workers.start : workers.stop].flatten(0, 1)
+            if case.channels_last:
+                chosen = chosen.contiguous(memory_format=torch.channels_last)
+            with autocast():
+                loss = F.cross_entropy(virtual(chosen), labels[workers.start : workers.stop].flatten())
+            virtual.backward(loss, also_sum=torch.tensor([len(workers), workers.start]))
+        outcome.gradients.append([p.grad.numpy().copy() for p in model.parameters() if p.grad is not None])
+        outcome.losses.append(virtual.loss.item())
+        outcome.sums.extend(virtual.sums.tolist())
+        state = [*outcome.gradients[-1], *(b.numpy() for b in model.buffers())]
+        state += [virtual.loss.numpy(), virtual.sums.numpy()]
+        outcome.digests.append(hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in state)).hexdigest())
+        optimizer.step()
+    return outcome
+
+
+def train_all(launch: Launch, names: list[str]) -> dict[str, Outcome]:
+    with connect(launch, device="cpu") as ranks:
+        return {name: train((CASES | BITWISE)[name], ranks) for name in names}
+
+
+@functools.cache
+def outcomes(world_size: int) -> list[dict[str, Outcome]]:
+    """Every case that so many ranks can run, in one launch; rank by rank."""
+    names = [name for name, case in CASES.items() if world_size in case.ranks]
+    names += [name for name, case in BITWISE.items() if world_size <= case.k // case.workers_per_pass]
+    return run_ranks(train_all, world_size, names)
+
+
+def reference(case: Case) -> tuple[list[list[np.ndarray]], list[float]]:
+    """Plain PyTorch: the loss over all kn images at once, the model applied to each worker's n by themselves."""
+    model = make_model(case)
+    gradients, losses = [], []
+    for step in range(STEPS):
+        images, labels = batch(case, step)
+        logits = torch.cat([model(images[worker]) for worker in range(case.k)])
+        loss = F.cross_entropy(logits, labels.flatten())
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, wanted)
+        gradients.append([g.numpy() for g in found])
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter, gradient in zip(wanted, found, strict=True):
+                parameter -= LR * gradient
+    return gradients, losses
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_that_of_the_mean_loss_over_all_images(name: str) -> None:
+    case = CASES[name]
+    gradients, losses = reference(case)
+    for world_size in case.ranks:
+        for outcome in (ranks[name] for ranks in outcomes(world_size)):
+            for step in range(STEPS):
+                assert len(outcome.gradients[step]) == len(gradients[step])
+                for ours, expected in zip(outcome.gradients[step], gradients[step], strict=True):
+                    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+            assert outcome.losses == pytest.approx(losses, abs=1e-12)
+            passes = range(0, case.k, case.workers_per_pass)
+            assert outcome.sums == [case.k, sum(passes)] * STEPS
+
+
+def test_the_tests_gradients_are_not_small() -> None:
+    gradients, _ = reference(CASES["tree, BatchNorm"])
+    assert max(abs(g).max() for g in gradients[-1]) > 1e-2
+
+
+@pytest.mark.parametrize("name", BITWISE)
+def test_reproducible_is_the_same_to_the_last_bit_on_any_number_of_ranks(name: str) -> None:
+    case = BITWISE[name]
+    alone = outcomes(1)[0][name].digests
+    assert len(set(alone)) == STEPS
+    for world_size in range(2, 7):
+        assert [ranks[name].digests for ranks in outcomes(world_size)] == [alone] * world_size, world_size
+    assert case.k // case.workers_per_pass >= 6
+
+
+@pytest.mark.parametrize("name", ["fast", "fast, buckets", "fast, k=5"])
+def test_fast_leaves_the_same_gradients_on_every_rank(name: str) -> None:
+    for world_size in (2, 3, 4):
+        assert len({tuple(ranks[name].digests) for ranks in outcomes(world_size)}) == 1
+
+
+def test_dropout_draws_anew_in_every_step_and_pass() -> None:
+    case = BITWISE["k=8, dropout"]
+    with connect(Launch(), device="cpu") as ranks:
+        virtual = VirtualWorkers(make_model(case), ranks, virtual_workers=4, seed=3)
+        ones = torch.ones(2, 1000)
+        masks = []
+        for step in range(2):
+            for _ in virtual.passes(step):
+                masks.append(tuple((F.dropout(ones, 0.5) > 0).flatten().tolist()))
+                virtual.backward(virtual(torch.ones(2, *SHAPE)).mean())
+    assert len(set(masks)) == 8
+
+
+class Unused(nn.Module):
+    """One parameter takes no part in the loss, or only in that of the first forward."""
+
+    def __init__(self, *, from_the_start: bool) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 2)
+        self.idle = nn.Parameter(torch.zeros(2))
+        self.is_idle = from_the_start
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        was_idle, self.is_idle = self.is_idle, True
+        return self.used(inputs) if was_idle else self.used(inputs) + self.idle
+
+
+def train_unused(launch: Launch) -> list[str]:
+    """What is said of an unused parameter; k = N is one pass for each rank."""
+    said = []
+    with connect(launch, device="cpu") as ranks:
+        for reduction, from_the_start, passes in [
+            ("fast", True, 1),
+            ("reproducible", True, 1),
+            ("fast", True, 4),
+            ("reproducible", True, 4),
+            ("reproducible", False, 2),
+        ]:
+            model = Unused(from_the_start=from_the_start)
+            virtual = VirtualWorkers(
+                model, ranks, virtual_workers=passes * launch.world_size, reduction=reduction, bucket_mb=TINY
+            )
+            try:
+                for _ in virtual.passes(0):
+                    virtual.backward(virtual(torch.ones(2, 4)).mean())
+            except UserError as error:
+                said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_unused_parameter_is_an_error_and_no_deadlock(world_size: int) -> None:
+    for said in run_ranks(train_unused, world_size, timeout=20.0):
+        assert all("1 of the model's 3 trainable parameters got no gradient" in line for line in said[:4])
+        assert all("freeze the others with requires_grad_(False)" in line for line in said)
+        # A parameter that only some passes use has a gradient, which one process alone may well add up.
+        assert len(said) == (4 if world_size == 1 else 5)
+
+
+def test_more_ranks_than_passes_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="too few for 3 ranks"):
+        VirtualWorkers(layernorm(), Ranks(0, 3, torch.device("cpu"), "gloo"), virtual_workers=2)
+
+
+def test_a_loss_of_higher_precision_than_the_model() -> None:
+    model = make_model(BITWISE["k=8"])
+    with connect(Launch(), device="cpu") as ranks:
+        virtual = VirtualWorkers(model, ranks, virtual_workers=2)
+        for _ in virtual.passes(0):
+            virtual.backward(
+                F.cross_entropy(virtual(torch.randn(4, *SHAPE)).double(), torch.zeros(4, dtype=torch.long))
+            )
+    assert virtual.loss.dtype == torch.float64
+    assert all(buffer.dtype != torch.float64 for buffer in model.buffers())
