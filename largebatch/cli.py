@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -89,6 +90,60 @@ def plan(
     train_images, val_images = _images_of(loaded)
     made = make_plan(loaded, name=config.stem, world_size=ranks, train_images=train_images, val_images=val_images)
     print(json.dumps(made.as_dict(), indent=2) if as_json else describe(made))
+
+
+@app.command()
+def benchmark(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[str | None, typer.Option(metavar="1,2,4", help="Every N.  [default: 1, 2, 4, ... all]")] = None,
+    mode: Annotated[str, typer.Option(metavar="weak|strong|both", help="Keep n and k/N, or keep kn.")] = "weak",
+    workers_per_rank: Annotated[
+        int | None, typer.Option(min=1, help="Virtual workers of a rank in weak scaling.  [default: k / largest N]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="How often every window is measured.")] = 7,
+    window_seconds: Annotated[float, typer.Option(min=0.01, help="Shortest window.")] = 0.4,
+    tune: Annotated[bool, typer.Option("--tune", help="Also try settings at the largest N.")] = False,
+    predict: Annotated[str, typer.Option(metavar="64,256", help="Also predict these N.")] = "",
+    network: Annotated[str | None, typer.Option(metavar="RATE", help="Network of the predicted nodes: 50gbit.")] = None,
+    measured_network: Annotated[
+        str | None, typer.Option(metavar="RATE", help="Nominal rate of the network that is measured.")
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on a predicted node.  [default: as measured]")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Results.  [default: runs/benchmark_<config name>]")] = None,
+) -> None:
+    """Measure how training scales over 1 to N ranks, where its step goes, and what more ranks would give."""
+    from largebatch.benchmark.options import MODES, Options, default_counts, parse_counts, parse_rate
+
+    if mode not in MODES:
+        raise UserError(f"--mode: {mode!r} is not one of {', '.join(MODES)}")
+    counts = parse_counts(ranks, "--ranks") if ranks else ()
+    predicted = parse_counts(predict, "--predict") if predict else ()
+    rates = [
+        parse_rate(rate, name) if rate else None
+        for rate, name in ((network, "--network"), (measured_network, "--measured-network"))
+    ]
+    loaded = _load(config, overrides)
+    from largebatch.benchmark.command import benchmark as run_benchmark
+    from largebatch.distributed.environment import read_launch
+
+    launch = read_launch()
+    options = Options(
+        ranks=counts or default_counts(launch.world_size),
+        mode=mode,
+        workers_per_rank=workers_per_rank,
+        rounds=rounds,
+        window_seconds=window_seconds,
+        tune=tune,
+        predict=predicted,
+        network=rates[0],
+        measured_network=rates[1],
+        ranks_per_node=ranks_per_node,
+    )
+    folder = run_dir or Path("runs") / f"benchmark_{config.stem}"
+    run_benchmark(loaded, options, launch, folder, command=shlex.join(sys.argv[1:]))
 
 
 @config_app.command("show")

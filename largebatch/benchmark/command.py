@@ -1,0 +1,85 @@
+"""The `benchmark` command: measure, derive, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from largebatch.benchmark.cases import check_images, make_rows
+from largebatch.benchmark.measure import measure
+from largebatch.benchmark.options import Options, check_world
+from largebatch.benchmark.results import measurements
+from largebatch.benchmark.tables import as_csv, as_markdown, as_text, breakdown_table, scaling_table
+from largebatch.config import Config
+from largebatch.data.load import load
+from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.distributed.subgroups import Subgroups
+from largebatch.report.environment import describe_environment
+from largebatch.report.files import write_json_atomically, write_text_atomically
+
+Note = Callable[[str], None]
+
+
+def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *, command: str) -> None:
+    """Measure `config` as `options` say and write `benchmark.json` and what is made of it into `run_dir`.
+
+    `command` is what was typed after the program's name. Raises UserError for N that the launch or the config
+    does not allow, before anything is started.
+    """
+    check_world(options, launch.world_size, command)
+    make_rows(config, options)
+    execution = config.execution
+    with connect(
+        launch,
+        device=execution.device,
+        backend=execution.backend,
+        threads=execution.threads,
+        timeout_seconds=60 * execution.timeout_minutes,
+        group_of_one=True,
+    ) as ranks:
+        note: Note = _print if ranks.is_main else _silent
+        result = _measure_all(config, options, launch, ranks, note)
+        if ranks.is_main:
+            write(result, run_dir, note)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _measure_all(config: Config, options: Options, launch: Launch, ranks: Ranks, note: Note) -> dict[str, Any]:
+    sources = load(config.data, seed=config.seed, device=ranks.device)
+    rows = make_rows(config, options)
+    check_images(config, rows, sources[0].images)
+    groups = Subgroups(ranks, options.ranks)
+    cases = list(dict.fromkeys(row.case for row in rows))
+    measured = measure(config, cases, ranks, groups, sources, options, note)
+    if not ranks.is_main:
+        return {}
+    return {
+        "environment": describe_environment(),
+        "config": config.model_dump(mode="json"),
+        "ranks_per_node": launch.local_world_size,
+        "measurements": measurements(rows, measured, launch.local_world_size),
+    }
+
+
+def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
+    """`benchmark.json`, `.csv`, `.md` and the plots; the tables also to `note`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "Scaling": scaling_table(result["measurements"]),
+        "Where the step goes": breakdown_table(result["measurements"]),
+    }
+    write_json_atomically(run_dir / "benchmark.json", result)
+    write_text_atomically(run_dir / "benchmark.csv", as_csv(result["measurements"]))
+    pages = [f"## {title}\n\n{as_markdown(table)}\n" for title, table in tables.items()]
+    write_text_atomically(run_dir / "benchmark.md", "\n".join(pages))
+    for title, table in tables.items():
+        note(f"\n{title}\n{as_text(table)}")
+    note(f"\nwritten: {run_dir}/benchmark.json, .csv, .md")

@@ -1,0 +1,117 @@
+"""Measurements as text: for the terminal, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from largebatch.benchmark.breakdown import PARTS
+
+_CSV = (
+    "mode", "world_size", "ddp", "virtual_workers", "global_batch", "step", *PARTS, "closure", "images_per_second",
+    "efficiency", "baseline", "slowest_rank",
+)  # fmt: skip
+Table = tuple[list[str], list[list[str]]]
+"""Headings and rows of cells."""
+
+
+def scaling_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each measurement: its speed, and its efficiency against every baseline by name."""
+    baselines = list(dict.fromkeys(name for m in measurements for name in m["efficiencies"]))
+    head = ["mode", "N", "kn", "step ms", "images/s", *(f"efficiency vs {name}" for name in baselines), "slowest rank"]
+    rows = []
+    for m in measurements:
+        found = [m["efficiencies"].get(name) for name in baselines]
+        rows.append(
+            [
+                m["mode"],
+                ranks_text(m),
+                str(m["global_batch"]),
+                _milliseconds(m["step"], m["spread"]["step"]),
+                f"{m['images_per_second']:,.0f}",
+                *(_percent(e["value"], e["spread"]) if e else "" for e in found),
+                _slowest(m),
+            ]
+        )
+    return head, rows
+
+
+def breakdown_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each measurement: where its step goes, and the peak memory of the fullest rank."""
+    head = ["mode", "N", *(f"{part.replace('_', ' ')} ms" for part in PARTS), "sum / step", "peak memory MiB"]
+    rows = [
+        [
+            m["mode"],
+            ranks_text(m),
+            *(_milliseconds(m[part], m["spread"][part]) for part in PARTS),
+            f"{100 * (1 + m['closure']):.1f} %",
+            f"{max(m['peak_memory_by_rank']) / 2**20:,.0f}",
+        ]
+        for m in measurements
+    ]
+    return head, rows
+
+
+def allreduce_table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """The all-reduce alone, in nccl-tests' terms."""
+    head = ["N", "all-reduce", "bytes", "ms", "algbw GB/s", "busbw GB/s"]
+    rows = [
+        [
+            str(a["world_size"]),
+            a["reduction"],
+            f"{a['size']:,}",
+            _milliseconds(a["seconds"], a["spread"]),
+            f"{a['algbw'] / 1e9:.3f}",
+            f"{a['busbw'] / 1e9:.3f}",
+        ]
+        for a in found
+    ]
+    return head, rows
+
+
+def ranks_text(measurement: Mapping[str, Any]) -> str:
+    """``2``, or for one rank also whether it ran under DDP."""
+    if measurement["world_size"] > 1:
+        return str(measurement["world_size"])
+    return "1 (DDP)" if measurement["ddp"] else "1 (no DDP)"
+
+
+def as_text(table: Table) -> str:
+    """Aligned columns."""
+    lines = [table[0], *table[1]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def as_markdown(table: Table) -> str:
+    """A Markdown table."""
+    lines = [table[0], ["---"] * len(table[0]), *table[1]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_csv(measurements: Sequence[Mapping[str, Any]]) -> str:
+    """The derived figures, in seconds, one line for each measurement."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(measurements)
+    return text.getvalue()
+
+
+def _slowest(measurement: Mapping[str, Any]) -> str:
+    """``3 (+4 %)``: by how much its own compute is above the median rank's."""
+    by_rank = sorted(measurement["compute_by_rank"])
+    if len(by_rank) == 1:
+        return ""
+    median = by_rank[(len(by_rank) - 1) // 2]
+    return f"{measurement['slowest_rank']} (+{100 * (by_rank[-1] / median - 1):.0f} %)"
+
+
+def _milliseconds(seconds: float, spread: float) -> str:
+    return f"{1000 * seconds:.2f} ± {500 * spread:.2f}"
+
+
+def _percent(value: float, spread: float) -> str:
+    return f"{100 * value:.1f} ± {50 * spread:.1f} %"
