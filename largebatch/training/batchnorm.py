@@ -30,7 +30,7 @@ class BatchNormStatistics:
         rates = [_rate(module, momentum) for module in self._modules]
         sizes = [module.num_features for module in self._modules]
         per_channel = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
-        self._rates = torch.tensor(per_channel * 2)
+        self._rates = torch.tensor(per_channel * 2, dtype=torch.float64)
         self._momenta = [module.momentum for module in self._modules]
         if workers_per_pass > 1:
             for module in modules:
