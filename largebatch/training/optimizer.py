@@ -40,9 +40,19 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool
     if settings.momentum_form == "lr_outside":
         # Nesterov's momentum of 0 is plain SGD, which torch refuses to spell so.
         nesterov = settings.nesterov and settings.momentum > 0
-        return SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=nesterov, fused=fused or None)
+        optimizer = SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=nesterov, fused=fused or None)
+        if fused and settings.momentum > 0:
+            _start_buffers_at_zero(optimizer)
+        return optimizer
     corrected = settings.momentum_form == "lr_inside"
     return LrInsideSGD(groups, momentum=settings.momentum, nesterov=settings.nesterov, corrected=corrected)
+
+
+def _start_buffers_at_zero(optimizer: SGD) -> None:
+    """torch's fused SGD makes its buffers in the first step, and leaves them uninitialised if that overflows."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
