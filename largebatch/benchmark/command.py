@@ -7,10 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.benchmark.cases import check_images, make_rows
+from largebatch.benchmark.collectives import measure_allreduce
+from largebatch.benchmark.forecast import check_forecast, forecast
 from largebatch.benchmark.measure import measure
 from largebatch.benchmark.options import Options, check_world
+from largebatch.benchmark.plots import draw
 from largebatch.benchmark.results import measurements
-from largebatch.benchmark.tables import as_csv, as_markdown, as_text, breakdown_table, scaling_table
+from largebatch.benchmark.tables import (
+    Table,
+    allreduce_table,
+    as_csv,
+    as_markdown,
+    as_text,
+    breakdown_table,
+    prediction_notes,
+    prediction_table,
+    scaling_table,
+)
 from largebatch.config import Config
 from largebatch.data.load import load
 from largebatch.distributed.environment import Launch, Ranks, connect
@@ -29,6 +42,7 @@ def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *
     """
     check_world(options, launch.world_size, command)
     make_rows(config, options)
+    check_forecast(options, launch.world_size, launch.local_world_size)
     execution = config.execution
     with connect(
         launch,
@@ -39,7 +53,7 @@ def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *
         group_of_one=True,
     ) as ranks:
         note: Note = _print if ranks.is_main else _silent
-        result = _measure_all(config, options, launch, ranks, note)
+        result = _measure_all(config, options, launch, ranks, note, command)
         if ranks.is_main:
             write(result, run_dir, note)
 
@@ -52,34 +66,54 @@ def _silent(text: str) -> None:
     pass
 
 
-def _measure_all(config: Config, options: Options, launch: Launch, ranks: Ranks, note: Note) -> dict[str, Any]:
+def _measure_all(
+    config: Config, options: Options, launch: Launch, ranks: Ranks, note: Note, command: str
+) -> dict[str, Any]:
     sources = load(config.data, seed=config.seed, device=ranks.device)
     rows = make_rows(config, options)
     check_images(config, rows, sources[0].images)
     groups = Subgroups(ranks, options.ranks)
     cases = list(dict.fromkeys(row.case for row in rows))
     measured = measure(config, cases, ranks, groups, sources, options, note)
+    allreduce = measure_allreduce(options.ranks, groups, launch.local_world_size, note)
     if not ranks.is_main:
         return {}
-    return {
+    result: dict[str, Any] = {
         "environment": describe_environment(),
+        "command": command,
         "config": config.model_dump(mode="json"),
+        "backend": ranks.backend,
         "ranks_per_node": launch.local_world_size,
+        "measured_network": options.measured_network,
         "measurements": measurements(rows, measured, launch.local_world_size),
+        "allreduce": allreduce,
     }
+    if options.predict:
+        result["prediction"] = forecast(result, options)
+    return result
 
 
 def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
     """`benchmark.json`, `.csv`, `.md` and the plots; the tables also to `note`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    tables = {
+    tables: dict[str, Table] = {
         "Scaling": scaling_table(result["measurements"]),
         "Where the step goes": breakdown_table(result["measurements"]),
     }
+    if result["allreduce"]:
+        tables["The all-reduce alone"] = allreduce_table(result["allreduce"])
+    notes = {}
+    if "prediction" in result:
+        tables["Prediction (weak scaling)"] = prediction_table(result["prediction"])
+        notes["Prediction (weak scaling)"] = prediction_notes(result["prediction"])
     write_json_atomically(run_dir / "benchmark.json", result)
     write_text_atomically(run_dir / "benchmark.csv", as_csv(result["measurements"]))
-    pages = [f"## {title}\n\n{as_markdown(table)}\n" for title, table in tables.items()]
-    write_text_atomically(run_dir / "benchmark.md", "\n".join(pages))
+    pages = [
+        "\n".join([f"## {title}", "", as_markdown(table), "", *(f"- {line}" for line in notes.get(title, [])), ""])
+        for title, table in tables.items()
+    ]
+    write_text_atomically(run_dir / "benchmark.md", f"`largebatch {result['command']}`\n\n" + "\n".join(pages))
     for title, table in tables.items():
-        note(f"\n{title}\n{as_text(table)}")
-    note(f"\nwritten: {run_dir}/benchmark.json, .csv, .md")
+        note("\n".join(["", title, as_text(table), *notes.get(title, [])]))
+    pictures = ", ".join(path.name for path in draw(result, run_dir))
+    note(f"\nwritten into {run_dir}: benchmark.json, benchmark.csv, benchmark.md, {pictures}")

@@ -71,6 +71,39 @@ def allreduce_table(found: Sequence[Mapping[str, Any]]) -> Table:
     return head, rows
 
 
+def prediction_table(prediction: Mapping[str, Any]) -> Table:
+    """The predicted steps, our own all-reduce first."""
+    predicted = prediction["predictions"]
+    baselines = list(dict.fromkeys(name for p in predicted for name in p["efficiencies"]))
+    head = ["N", "nodes", "all-reduce", "step ms", *(f"efficiency vs {name}" for name in baselines), "limit"]
+    rows = [
+        [
+            str(p["world_size"]),
+            str(p["nodes"]),
+            p["algorithm"].replace("_", " "),
+            f"{1000 * p['step']:.2f}",
+            *(f"{100 * p['efficiencies'][name]:.1f} %" for name in baselines),
+            p["limit"],
+        ]
+        for p in predicted
+    ]
+    return head, rows
+
+
+def prediction_notes(prediction: Mapping[str, Any]) -> list[str]:
+    """What the prediction rests on: how good the fit is, its parameters, and what is assumed."""
+    errors = prediction["leave_one_out"]
+    found = ", ".join(f"{name}: {100 * error:+.1f} %" for name, error in errors.items())
+    parameters = ", ".join(f"{name} {value:.4g}" for name, value in prediction["parameters"].items())
+    return [
+        f"leave-one-out error of the step: {found}"
+        if errors
+        else "leave-one-out error: unknown; it takes at least two N above 1 (--ranks 1,2,3)",
+        f"fitted (seconds, bytes): {parameters}",
+        *(f"assumed: {assumption}" for assumption in prediction["assumptions"]),
+    ]
+
+
 def ranks_text(measurement: Mapping[str, Any]) -> str:
     """``2``, or for one rank also whether it ran under DDP."""
     if measurement["world_size"] > 1:

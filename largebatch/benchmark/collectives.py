@@ -1,0 +1,98 @@
+"""The all-reduce alone, over a range of sizes, in nccl-tests' terms."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from largebatch.benchmark.breakdown import interquartile_range
+from largebatch.benchmark.clock import make_clock
+from largebatch.distributed.allreduce import AllReduce
+from largebatch.distributed.environment import Ranks
+from largebatch.distributed.gradients import make_allreduce
+from largebatch.distributed.subgroups import Subgroups
+from largebatch.recipe.batch import deal_passes
+
+REDUCTIONS = ("fast", "reproducible")
+SIZES = tuple(4096 << shift for shift in range(0, 15, 2))
+"""Bytes: 4 KiB to 64 MiB."""
+_ROUNDS = 5
+_WINDOW_SECONDS = 0.03
+_PATIENCE = 1.0  # seconds of one all-reduce above which larger ones are left out
+
+
+def bandwidths(size: int, seconds: float, world_size: int) -> tuple[float, float]:
+    """algbw and busbw in bytes a second, as nccl-tests defines them.
+
+    algbw is the buffer over the time; busbw, algbw * 2(N-1)/N, is what each rank must at least have sent, so
+    that it can be compared with the hardware's rate at any N.
+    """
+    algbw = size / seconds
+    return algbw, algbw * 2 * (world_size - 1) / world_size
+
+
+def measure_allreduce(
+    counts: Sequence[int], groups: Subgroups, ranks_per_node: int, note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The backend's all-reduce and the reproducible one at every N above 1; complete on rank 0."""
+    found: list[dict[str, Any]] = []
+    for count in counts:
+        members = groups.first(count) if count > 1 else None
+        if members is not None:
+            note(f"all-reduce alone, N={count}")
+            found += _measure_group(members, ranks_per_node)
+        groups.sleep()
+    return found
+
+
+def _measure_group(members: Ranks, ranks_per_node: int) -> list[dict[str, Any]]:
+    blocks = deal_passes(members.world_size, 1, members.world_size)
+    exchanges = {name: make_allreduce(members, name, blocks, members.world_size) for name in REDUCTIONS}
+    found = []
+    for size in SIZES:
+        buffer = torch.ones(size // 4, device=members.device)
+        once = {name: _seconds(exchange, buffer, members, 1) for name, exchange in exchanges.items()}
+        calls = max(1, math.ceil(_WINDOW_SECONDS / min(once.values())))
+        windows: dict[str, list[float]] = {name: [] for name in exchanges}
+        for _ in range(_ROUNDS):
+            for name, exchange in exchanges.items():
+                windows[name].append(_seconds(exchange, buffer, members, calls))
+        found += [_row(name, size, members.world_size, ranks_per_node, windows[name]) for name in exchanges]
+        if max(once.values()) > _PATIENCE:
+            break
+    return found
+
+
+def _seconds(exchange: AllReduce, buffer: torch.Tensor, members: Ranks, calls: int) -> float:
+    """Seconds of one of `calls` all-reduces, on the slowest rank; one more runs before them."""
+    clock = make_clock(members.device)
+    for call in range(calls + 1):
+        if call == 1:
+            members.barrier()
+            clock.mark()
+        buffer.fill_(1.0)  # sums of sums would grow to infinity
+        total = exchange.start([buffer])
+        exchange.flush()
+        total.wait()
+    clock.mark()
+    return max(members.gather(clock.read()[-1])) / calls
+
+
+def _row(reduction: str, size: int, world_size: int, ranks_per_node: int, windows: list[float]) -> dict[str, Any]:
+    seconds = statistics.median(windows)
+    algbw, busbw = bandwidths(size, seconds, world_size)
+    return {
+        "reduction": reduction,
+        "world_size": world_size,
+        "ranks_per_node": min(world_size, ranks_per_node),
+        "size": size,
+        "seconds": seconds,
+        "spread": interquartile_range(windows),
+        "algbw": algbw,
+        "busbw": busbw,
+        "windows": windows,
+    }

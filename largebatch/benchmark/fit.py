@@ -1,0 +1,165 @@
+"""Fits the performance model to one or several `benchmark.json`, and says how well it predicts what it has not
+seen."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from largebatch.benchmark.performance import (
+    COMMUNICATION,
+    Layout,
+    Message,
+    Parameters,
+    messages,
+    predict,
+)
+from largebatch.errors import UserError
+
+ALGORITHM = {"fast": "ring", "reproducible": "direct"}
+"""How each reduction is modelled: gloo's all-reduce is a ring, and NCCL's over one buffer behaves as one."""
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured step, and the result that it is part of."""
+
+    result: Result
+    measurement: Mapping[str, Any]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.measurement["world_size"], self.result["ranks_per_node"])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The model of one training."""
+
+    parameters: Parameters
+    sent: list[Message]
+    algorithm: str
+    reference: Point
+    """Whose compute and messages are used: the largest N."""
+    errors: dict[str, float]
+    """Leave-one-out: what is predicted of each measured step by a fit to the others, over the step, less 1."""
+
+    @property
+    def error(self) -> float | None:
+        """The largest of `errors`, None if there are none."""
+        return max(map(abs, self.errors.values()), default=None)
+
+
+def rate_of(result: Result) -> float:
+    """The nominal rate between the measured nodes; 1 byte a second if unknown, so that overhead takes its place."""
+    return float(result.get("measured_network") or 1.0)
+
+
+def fit(results: Sequence[Result]) -> Fit:
+    """Fit weak scaling. Raises UserError if none was measured with several ranks."""
+    points = [Point(r, m) for r in results for m in r["measurements"] if m["mode"] == "weak" and m["world_size"] > 1]
+    if not points:
+        raise UserError(
+            "--predict: nothing was measured on several ranks in weak scaling, so nothing is known of communication; "
+            "use --mode weak or both, and --ranks with at least one N above 1"
+        )
+    reductions = {result["config"]["execution"]["reduction"] for result in results}
+    assert len(reductions) == 1, "one fit is of one reduction"
+    reduction = reductions.pop()
+    rows = [(r, a) for r in results for a in r["allreduce"] if a["reduction"] == reduction]
+    made = _fit(points, rows, ALGORITHM[reduction])
+    return replace(made, errors=_leave_one_out(points, rows, ALGORITHM[reduction]))
+
+
+def _leave_one_out(points: list[Point], rows: list[tuple[Result, Any]], algorithm: str) -> dict[str, float]:
+    errors = {}
+    for point in points:
+        n = point.measurement["world_size"]
+        others = [other for other in points if other is not point]
+        other_rows = [(r, a) for r, a in rows if r is not point.result or a["world_size"] != n]
+        if not others or not _covers(other_rows, point):
+            continue
+        made = _fit(others, other_rows, algorithm)
+        predicted = predict(
+            made.parameters, made.sent, point.layout, algorithm=algorithm, rate=rate_of(point.result)
+        ).step
+        rate = f", {8e-6 * rate_of(point.result):g} Mbit/s" if point.result.get("measured_network") else ""
+        errors[f"N={n}{rate}"] = predicted / point.measurement["step"] - 1
+    return errors
+
+
+def _covers(rows: list[tuple[Result, Any]], point: Point) -> bool:
+    """Whether the rows say something of the links that `point` uses."""
+    seen = [Layout(a["world_size"], r["ranks_per_node"]) for r, a in rows]
+    inside = point.layout.on_node == 1 or any(layout.on_node > 1 for layout in seen)
+    between = point.layout.nodes == 1 or any(layout.nodes > 1 for layout in seen)
+    return inside and between
+
+
+def _fit(points: list[Point], rows: list[tuple[Result, Any]], algorithm: str) -> Fit:
+    reference = max(points, key=lambda point: point.measurement["world_size"])
+    measured = reference.measurement
+    steps = [seconds for by_rank in measured["compute_steps_by_rank"] for seconds in by_rank]
+    parameters = Parameters(
+        compute=statistics.fmean(steps),
+        jitter=statistics.stdev(steps),
+        other=max(0.0, measured["other"]),
+        data_wait=max(0.0, measured["data_wait"]),
+        **fit_communication(rows, algorithm),
+    )
+    # What is left of the steps without exchange: their slowest rank, as it was measured.
+    parameters = _matched_to_windows(parameters, measured)
+    sent = [Message(b["size"], b["ready"] / measured["replay_seconds"]) for b in measured["buckets"]]
+    contention = _fit_contention(parameters, sent, points, algorithm)
+    return Fit(replace(parameters, contention=contention), sent, algorithm, reference, errors={})
+
+
+def _matched_to_windows(parameters: Parameters, measured: Mapping[str, Any]) -> Parameters:
+    """Keep the jitter in proportion, but use the windows' median for the mean: it resists single slow steps."""
+    median = statistics.fmean(measured["compute_by_rank"])
+    return replace(parameters, compute=median, jitter=parameters.jitter * median / parameters.compute)
+
+
+def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorithm: str) -> dict[str, float]:
+    """The `COMMUNICATION` parameters that make the smallest relative errors over all measured all-reduces."""
+    coefficients = [
+        messages(algorithm, a["size"], Layout(a["world_size"], r["ranks_per_node"]), rate_of(r)) for r, a in rows
+    ]
+    seconds = np.array([a["seconds"] for _, a in rows])
+    # With one nominal rate the two costs of a byte between nodes cannot be told apart.
+    names = [name for name in COMMUNICATION if name != "host_per_byte" or len({rate_of(r) for r, _ in rows}) > 1]
+    matrix = np.array([[c[name] for name in names] for c in coefficients]).reshape(len(rows), len(names))
+    found = nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(rows)))
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """x >= 0 [columns] with the least |matrix x - target|; for a handful of columns, by trying which are zero."""
+    best, least = np.zeros(matrix.shape[1]), float(np.sum(target**2))
+    used = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
+    for count in range(1, len(used) + 1):
+        for columns in itertools.combinations(used, count):
+            scale = np.linalg.norm(matrix[:, columns], axis=0)
+            x = np.linalg.lstsq(matrix[:, columns] / scale, target, rcond=None)[0] / scale
+            error = float(np.sum((matrix[:, columns] @ x - target) ** 2))
+            if (x >= 0).all() and error < least * (1 - 1e-12):
+                best, least = np.zeros(matrix.shape[1]), error
+                best[list(columns)] = x
+    return best
+
+
+def _fit_contention(parameters: Parameters, sent: list[Message], points: list[Point], algorithm: str) -> float:
+    """What the measured steps take beyond the expected, over the communication hidden; least squares, at least 0."""
+    left, hidden = [], []
+    for point in points:
+        expected = predict(parameters, sent, point.layout, algorithm=algorithm, rate=rate_of(point.result))
+        left.append(point.measurement["step"] - expected.step)
+        hidden.append(expected.communication - expected.exposed_communication)
+    square = sum(h * h for h in hidden)
+    return max(0.0, sum(a * h for a, h in zip(left, hidden, strict=True)) / square) if square else 0.0
