@@ -147,6 +147,30 @@ def test_no_momentum_is_plain_sgd_in_every_form() -> None:
     assert_same(ways[0], ways[1])
 
 
+@pytest.mark.parametrize("form", ["lr_outside", "lr_inside"])
+def test_a_first_step_that_overflows_leaves_no_trace(form: str) -> None:
+    """fp16: the scaler skips it, and the second step is what the first would have been."""
+    skipped, plain = small_model().float(), small_model().float()
+    chosen = settings(momentum_form=form)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, backoff_factor=0.5)
+    with_scaler, without = make_optimizer(skipped, chosen, fused=True), make_optimizer(plain, chosen)
+    for optimizer in (with_scaler, without):
+        set_lr(optimizer, 0.1)
+    for factor in (float("inf"), scaler.get_scale() / 2):
+        scaler.scale(torch.zeros(()))  # what train_step does to the loss
+        for parameter, gradient in zip(skipped.parameters(), gradients(skipped, 0), strict=True):
+            parameter.grad = gradient * factor
+        scaler.step(with_scaler)
+        scaler.update()
+        if factor == float("inf"):
+            assert all(torch.equal(a, b) for a, b in zip(skipped.parameters(), plain.parameters(), strict=True))
+    for parameter, gradient in zip(plain.parameters(), gradients(plain, 0), strict=True):
+        parameter.grad = gradient
+    without.step()
+    for left, right in zip(skipped.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_the_inside_form_goes_on_from_its_state() -> None:
     """The buffer is corrected for the rate that it was written with, in an earlier process too."""
     model, resumed = small_model(), small_model()
