@@ -19,6 +19,7 @@ from largebatch.training.settings import (
     CheckpointSettings,
     EvaluationSettings,
     ExecutionSettings,
+    HealthSettings,
     LoggingSettings,
     OptimizerSettings,
 )
@@ -32,7 +33,10 @@ _FREE_ON_RESUME = (
     "execution.device",
     "execution.backend",
     "execution.bucket_mb",
+    "execution.static_graph",
+    "execution.gradient_as_bucket_view",
     "execution.timeout_minutes",
+    "health",
 )
 
 
@@ -48,6 +52,7 @@ class Config(Section):
     execution: ExecutionSettings = ExecutionSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    health: HealthSettings = HealthSettings()
     logging: LoggingSettings = LoggingSettings()
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides initialisation, order, augmentation and dropout."""

@@ -205,6 +205,9 @@ def make_trainer(
         reduction=execution.reduction,
         batchnorm_momentum=config.batchnorm.momentum,
         bucket_mb=execution.bucket_mb,
+        static_graph=execution.static_graph,
+        gradient_as_bucket_view=execution.gradient_as_bucket_view,
+        compression=execution.compression,
         seed=config.seed,
     )
     return Trainer(

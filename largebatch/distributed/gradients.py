@@ -126,8 +126,10 @@ class GradientExchange:
     DDP's own averaging over ranks never happens, so the mean over kn images is taken once, in the loss.
     """
 
-    def __init__(self, partial: PartialGradients, allreduce: AllReduce) -> None:
+    def __init__(self, partial: PartialGradients, allreduce: AllReduce, compression: str = "none") -> None:
+        """`compression` ``fp16`` or ``bf16`` rounds gradients to it before they are sent; `allreduce` adds in it."""
         self._partial = partial
+        self._sent_as = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[compression]
         self.allreduce = allreduce
         """What sums the buckets; may be another one from one step to the next."""
         self._complete = False
@@ -140,10 +142,16 @@ class GradientExchange:
             flat = torch.zeros_like(bucket.buffer())
             torch._foreach_copy_(_bucket_views(bucket, flat), gradients)
             parts.append(flat)
-        total = self.allreduce.start([*parts, bucket.buffer()])
+        parts.append(bucket.buffer())
+        if self._sent_as is not None:
+            parts = [part.to(self._sent_as) for part in parts]
+        total = self.allreduce.start(parts)
         if bucket.is_last():
             self._complete = True
             self.allreduce.flush()
+        if self._sent_as is not None:
+            dtype = bucket.buffer().dtype
+            return total.then(lambda done: done.value().to(dtype))
         return total
 
     def check_complete(self) -> None:
@@ -160,9 +168,22 @@ def make_allreduce(ranks: Ranks, reduction: str, blocks: list[range], leaves: in
     return BackendAllReduce(ranks) if reduction == "fast" else TreeAllReduce(ranks, blocks, leaves)
 
 
-def wrap(model: nn.Module, ranks: Ranks, exchange: GradientExchange, *, bucket_mb: float) -> DistributedDataParallel:
+def wrap(
+    model: nn.Module,
+    ranks: Ranks,
+    exchange: GradientExchange,
+    *,
+    bucket_mb: float,
+    static_graph: bool = False,
+    gradient_as_bucket_view: bool = False,
+) -> DistributedDataParallel:
     """`model` under DDP with our exchange of gradients, its buffers left to us (BatchNorm, contract 4)."""
-    options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "process_group": ranks.group}
+    options: dict[str, Any] = {
+        "process_group": ranks.group,
+        "bucket_cap_mb": bucket_mb,
+        "static_graph": static_graph,
+        "gradient_as_bucket_view": gradient_as_bucket_view,
+    }
     # torch 2.15 renames broadcast_buffers and warns of the old name; 2.11 knows the old one only.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False

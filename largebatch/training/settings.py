@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from largebatch.section import Section
 
@@ -13,8 +13,11 @@ class OptimizerSettings(Section):
     """Momentum SGD with weight decay."""
 
     momentum: float = Field(0.9, ge=0, lt=1)
+    """m: the share of the old update in the new one."""
     nesterov: bool = True
+    """Nesterov's form of momentum."""
     weight_decay: float = Field(1e-4, ge=0, le=1e6)
+    """λ: the loss has λ/2 times the squared norm of the decayed weights added (§5.1: 1e-4)."""
     decay_batchnorm: bool = False
     """Decay BatchNorm's γ and β too: the paper does not, many codebases do."""
     momentum_form: Literal["lr_outside", "lr_inside", "lr_inside_uncorrected"] = "lr_outside"
@@ -37,10 +40,13 @@ class ExecutionSettings(Section):
     """Device, precision, and how the ranks work together."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPUs if there are any."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How the ranks talk to each other. auto: nccl if every rank of a machine has a GPU of its own, else gloo."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32; bf16: autocast; fp16: autocast with dynamic loss scaling."""
     channels_last: bool = False
+    """Keep images and weights in the memory order NHWC, which tensor cores and bf16 prefer."""
     compile: bool = False
     """Run the model through torch.compile."""
     reduction: Literal["reproducible", "fast"] = "reproducible"
@@ -54,14 +60,31 @@ class ExecutionSettings(Section):
     OMP_NUM_THREADS; to use more cores, rather start more ranks."""
     bucket_mb: float = Field(25.0, gt=0)
     """Size of DDP's gradient buckets, in MiB."""
+    static_graph: bool = False
+    """Tell DDP that every step runs the same graph; only where each rank runs one pass a step."""
+    gradient_as_bucket_view: bool = False
+    """Let gradients lie in DDP's buckets, which saves a copy of them."""
+    compression: Literal["none", "fp16", "bf16"] = "none"
+    """Round gradients to 16 bits before they are sent, and add them so: half the bytes, other numbers. Needs
+    `reduction: fast`, since a rank rounds what it has added up, which depends on the number of ranks."""
     timeout_minutes: float = Field(10.0, gt=0, le=1e6)
     """How long a rank waits for the others before it gives up."""
+
+    @model_validator(mode="after")
+    def _compression_fits(self) -> ExecutionSettings:
+        if self.compression != "none" and self.reduction != "fast":
+            raise ValueError(
+                f"compression {self.compression} needs reduction: fast; with reproducible, the weights would depend on "
+                "the number of ranks"
+            )
+        return self
 
 
 class EvaluationSettings(Section):
     """When and how the validation set is evaluated."""
 
     every_epochs: float = Field(1.0, gt=0)
+    """Evaluate each so many epochs, and at the end."""
     images_per_batch: int = Field(500, ge=1)
     """Images evaluated together; the same on any number of ranks."""
 
@@ -73,11 +96,29 @@ class CheckpointSettings(Section):
     """Write a checkpoint each so many epochs; null for none but `every_steps` and the last."""
     every_steps: int | None = Field(None, ge=1)
     """Write a checkpoint each so many steps besides."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Write a checkpoint each so many minutes besides; the ranks agree on the step."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written (disk full): stop, or warn and go on."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept; with 2, a damaged one falls back to the one before."""
+
+
+class HealthSettings(Section):
+    """What is watched while training, and what happens then."""
+
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: its update is never applied; then stop (exit status 3), or go on
+    with the next step and count it (`skipped_steps` in the metrics)."""
+    replica_check_every_steps: int = Field(200, ge=0)
+    """Compare a checksum of weights, optimizer state and BatchNorm statistics over the ranks each so many steps,
+    and before each checkpoint; 0 for never."""
+    straggler_factor: float = Field(1.5, gt=1)
+    """Name a rank that computes this many times slower than the median of the ranks."""
 
 
 class LoggingSettings(Section):
     """How often metrics are read from the device and written."""
 
     every_steps: int = Field(20, ge=1)
+    """A record of the metrics each so many steps, at each evaluation and at the end."""

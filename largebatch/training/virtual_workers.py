@@ -19,6 +19,7 @@ from largebatch.distributed.gradients import (
     synchronise,
     wrap,
 )
+from largebatch.errors import ConfigError
 from largebatch.recipe.batch import deal_passes
 from largebatch.recipe.draws import fold
 from largebatch.recipe.tree import Node, push
@@ -57,14 +58,23 @@ class VirtualWorkers:
         reduction: str = "reproducible",
         batchnorm_momentum: float | None = None,
         bucket_mb: float = 25.0,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        compression: str = "none",
         seed: int = 0,
     ) -> None:
         """Wrap `model`, which already is on ``ranks.device``.
 
-        `batchnorm_momentum` is the weight of the old running average (None: what each module says).
-        Raises ConfigError if `virtual_workers` cannot be dealt to the ranks.
+        `batchnorm_momentum` is the weight of the old running average (None: what each module says). For the
+        settings of the exchange see `ExecutionSettings`. Raises ConfigError if `virtual_workers` cannot be dealt
+        to the ranks, or with `static_graph` if a rank would run several passes.
         """
         blocks = deal_passes(virtual_workers, workers_per_pass, ranks.world_size)
+        if static_graph and ranks.distributed and max(map(len, blocks)) > 1:
+            raise ConfigError(
+                f"execution.static_graph: a rank has {max(map(len, blocks))} passes a step, and DDP allows one; "
+                "start more ranks, raise execution.workers_per_pass, or turn it off"
+            )
         self.model = model
         self.virtual_workers = virtual_workers
         self._leaves = virtual_workers // workers_per_pass
@@ -81,8 +91,15 @@ class VirtualWorkers:
         self._wrapped: nn.Module = model
         if self._distributed:
             allreduce = make_allreduce(ranks, reduction, blocks, self._leaves)
-            self._exchange = GradientExchange(self._gradients, allreduce)
-            self._wrapped = wrap(model, ranks, self._exchange, bucket_mb=bucket_mb)
+            self._exchange = GradientExchange(self._gradients, allreduce, compression)
+            self._wrapped = wrap(
+                model,
+                ranks,
+                self._exchange,
+                bucket_mb=bucket_mb,
+                static_graph=static_graph,
+                gradient_as_bucket_view=gradient_as_bucket_view,
+            )
         self._sums: list[tuple[Node, Tensor]] = []
         self._total: Future[Tensor] | None = None
         self._leaf = -1
