@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [".ci/run", "launch/torchrun.sh", "launch/slurm.sbatch"]
+SCRIPTS = [".ci/run", "launch/torchrun.sh", "launch/slurm.sbatch", "tests/parts/cluster.sh", "tests/parts/slurm.sh"]
 
 
 @pytest.fixture
@@ -106,14 +106,24 @@ class TestTorchrun:
         assert "bare has no torch or no largebatch" in done.stderr
 
 
+# An srun that runs one node's part: what follows its options, as Slurm would start it on the first node.
+SRUN = """
+echo "srun" "$@" | head -n 1
+while [ "$1" != bash ]; do shift; done
+SLURMD_NODENAME=gpu1 SLURM_NODEID=0 exec "$@"
+"""
+
+
 class TestSlurm:
-    """launch/slurm.sbatch, with Slurm's programs recorded; srun prints what it would start on each node."""
+    """launch/slurm.sbatch, with Slurm's programs recorded, and an interpreter that prints its arguments."""
 
     @pytest.fixture(autouse=True)
     def slurm(self, programs: Path) -> None:
         names = 'for i in {1..3000}; do echo "gpu$i"; done'  # more than a pipe holds: nothing may break on it
         add_program(programs, "scontrol", f'[ "$1 $2" = "show hostnames" ] && {{ {names}; }} || echo "scontrol $*"')
-        add_program(programs, "srun", 'echo "srun" "$@"')
+        add_program(programs, "srun", SRUN)
+        add_program(programs, "recorder", 'echo "torchrun" "$@"')
+        add_program(programs, "sleep", "exec /bin/sleep 0.01")
 
     def run(self, programs: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         job = {
@@ -121,36 +131,40 @@ class TestSlurm:
             "SLURM_JOB_NODELIST": "gpu[1-3000]",
             "SLURM_NNODES": "3000",
             "SLURM_GPUS_ON_NODE": "8",
-            "PYTHON": "/shared/python",
+            "PYTHON": "recorder",
         }
         return call(programs, "launch/slurm.sbatch", *arguments, **(job | variables))
 
     def test_one_agent_per_node_that_meet_on_the_first(self, programs: Path) -> None:
         done = self.run(programs, "train", "a b.yaml")
         assert done.returncode == 0, done.stderr
-        started = done.stdout.splitlines()[-1]
+        _, srun, torchrun = done.stdout.splitlines()
+        assert "--kill-on-bad-exit=1" in srun
+        assert "--ntasks=3000" in srun
         for part in (
-            "--kill-on-bad-exit=1",
-            "--ntasks=3000",
             "--nnodes=3000",
             "--nproc-per-node=8",
             "--rdzv-endpoint=gpu1:23456",
             "--rdzv-id=123456-0",
-            '--local-addr="${SLURMD_NODENAME:?}"',
+            "--local-addr=gpu1",
         ):
-            assert part in started
-        assert started.endswith("-m largebatch train a b.yaml")
-        assert "localhost" not in started
+            assert part in torchrun.split()
+        assert torchrun.endswith("-m largebatch train a b.yaml")
+        assert "localhost" not in torchrun
 
     def test_a_requeued_job_meets_under_an_id_of_its_own(self, programs: Path) -> None:
         assert "--rdzv-id=123456-2" in self.run(programs, "train", "x", SLURM_RESTART_COUNT="2").stdout
 
+    def test_a_task_of_an_array_puts_its_number_into_the_arguments(self, programs: Path) -> None:
+        done = self.run(programs, "train", "x", "seed=%a", "--run-dir", "x-%a", SLURM_ARRAY_TASK_ID="7")
+        assert done.stdout.endswith("train x seed=7 --run-dir x-7\n")
+
     def test_the_interface_is_passed_on(self, programs: Path) -> None:
-        add_program(programs, "srun", 'echo "$NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME"')
+        add_program(programs, "recorder", 'echo "$NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME"')
         assert self.run(programs, "train", "x", INTERFACE="ib0").stdout.endswith("ib0 ib0\n")
 
-    def test_the_status_is_that_of_srun(self, programs: Path) -> None:
-        add_program(programs, "srun", "exit 7")
+    def test_the_status_is_that_of_torchrun(self, programs: Path) -> None:
+        add_program(programs, "recorder", "exit 7")
         done = self.run(programs, "train", "x")
         assert done.returncode == 7
         assert "requeue" not in done.stdout
@@ -161,13 +175,23 @@ class TestSlurm:
             programs,
             "srun",
             "trap 'echo srun told; sleep 0.5; echo srun saved; exit 1' USR1; kill -USR1 $PPID; "
-            "for _ in {1..100}; do sleep 0.1; done",
+            "for _ in {1..1000}; do sleep 0.1; done",
         )
         done = self.run(programs, "train", "x")
         told, saved, says, requeued = done.stdout.splitlines()[1:]
         assert (told, saved, requeued) == ("srun told", "srun saved", "scontrol requeue 123456")
         assert "asks to be requeued" in says
-        assert done.returncode == 1
+        assert done.returncode == 75
+
+    def test_ranks_that_are_told_to_stop_by_themselves_requeue(self, programs: Path) -> None:
+        """scancel --signal=USR1 tells the step and not the script; torchrun exits with 1 whatever its ranks did."""
+        add_program(
+            programs, "recorder", "trap 'echo saved; exit 1' USR1; kill -USR1 $PPID $$; while :; do sleep 0.1; done"
+        )
+        done = self.run(programs, "train", "x")
+        saved, _, requeued = done.stdout.splitlines()[2:]
+        assert (saved, requeued) == ("saved", "scontrol requeue 123456")
+        assert done.returncode == 75
 
     def test_a_run_that_ends_well_out_of_time_is_not_requeued(self, programs: Path) -> None:
         add_program(programs, "srun", "trap 'exit 0' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done")
@@ -180,6 +204,7 @@ class TestSlurm:
         [
             ({"SLURM_JOB_ID": ""}, "runs inside a job"),
             ({"PYTHON": ""}, "set PYTHON"),
+            ({"PYTHON": "/nowhere/python"}, "gpu1: PYTHON=/nowhere/python is no program here"),
             ({"SLURM_GPUS_ON_NODE": ""}, "RANKS_PER_NODE=''"),
             ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE='all'"),
         ],
@@ -188,7 +213,29 @@ class TestSlurm:
         done = self.run(programs, "train", "x", **missing)
         assert done.returncode == 2
         assert message in done.stderr
-        assert "srun" not in done.stdout
+        assert "torchrun" not in done.stdout
+
+    @pytest.mark.parametrize(
+        ("hosts", "variables", "message"),
+        [
+            ("exit 2", {}, "cannot resolve the name gpu1"),
+            ('echo "127.0.1.1 $2"', {}, "gpu1 is 127.0.1.1 here, so this node would wait for itself"),
+            ('[ "$2" = gpu1 ] && echo 10.0.0.1 || echo 127.0.1.1', {}, "other is 127.0.1.1 here"),
+            ('[ "$2" = gpu1 ] && echo 10.0.0.1 || echo 127.0.1.1', {"INTERFACE": "eth0"}, ""),
+            ('echo "10.0.0.1 $2"', {}, ""),
+        ],
+    )
+    def test_a_node_that_would_wait_for_itself(
+        self, programs: Path, hosts: str, variables: dict[str, str], message: str
+    ) -> None:
+        """On another machine than the first node's, names must lead out of it."""
+        add_program(programs, "getent", hosts)
+        add_program(
+            programs, "uname", f'[ -e "{programs}/second" ] && echo other || {{ : >"{programs}/second"; echo gpu1; }}'
+        )
+        done = self.run(programs, "train", "x", **variables)
+        assert done.returncode == (2 if message else 0)
+        assert message in done.stderr
 
     def test_no_node_names(self, programs: Path) -> None:
         add_program(programs, "scontrol", "exit 1")

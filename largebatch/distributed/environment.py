@@ -87,17 +87,29 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
     # The job's id spreads concurrent jobs of one node over ports below Linux's ephemeral range.
     port = 20000 + _number(environ, "SLURM_JOB_ID") % 10000
     address = environ.get("MASTER_ADDR") or first_host(nodes)
-    tasks_here = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    tasks = tasks_by_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    node = _number(environ, "SLURM_NODEID", 0)
     rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
     _check_below("SLURM_PROCID", rank, "SLURM_STEP_NUM_TASKS", world_size)
     return Launch(
         rank,
         world_size,
         local_rank=_number(environ, "SLURM_LOCALID"),
-        local_world_size=int(tasks_here.group()) if tasks_here else 1,
+        local_world_size=tasks[node] if node < len(tasks) else 1,
         launcher="srun",
         init_method=environ.get(RENDEZVOUS, f"tcp://{address}:{_number(environ, 'MASTER_PORT', port)}"),
     )
+
+
+def tasks_by_node(text: str) -> list[int]:
+    """The tasks of each node of a Slurm step: ``2(x3),1`` gives [2, 2, 2, 1]. Raises UserError."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, not counts such as 2(x3),1; start with srun")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
 
 
 def first_host(nodelist: str) -> str:
