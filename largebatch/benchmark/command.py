@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from largebatch.benchmark.cases import check_images, make_rows
+from largebatch.benchmark.cases import Case, check_images, make_rows, workers_per_rank
 from largebatch.benchmark.collectives import measure_allreduce
 from largebatch.benchmark.forecast import check_forecast, forecast
 from largebatch.benchmark.measure import measure
@@ -23,9 +23,11 @@ from largebatch.benchmark.tables import (
     prediction_notes,
     prediction_table,
     scaling_table,
+    tune_table,
 )
+from largebatch.benchmark.tune import check_tune, tune, tune_notes
 from largebatch.config import Config
-from largebatch.data.load import load
+from largebatch.data.load import Sources, load
 from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.subgroups import Subgroups
 from largebatch.report.environment import describe_environment
@@ -43,6 +45,7 @@ def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *
     check_world(options, launch.world_size, command)
     make_rows(config, options)
     check_forecast(options, launch.world_size, launch.local_world_size)
+    check_tune(options)
     execution = config.execution
     with connect(
         launch,
@@ -76,6 +79,7 @@ def _measure_all(
     cases = list(dict.fromkeys(row.case for row in rows))
     measured = measure(config, cases, ranks, groups, sources, options, note)
     allreduce = measure_allreduce(options.ranks, groups, launch.local_world_size, note)
+    tuned = _tune(config, options, groups, sources, note) if options.tune else None
     if not ranks.is_main:
         return {}
     result: dict[str, Any] = {
@@ -88,9 +92,21 @@ def _measure_all(
         "measurements": measurements(rows, measured, launch.local_world_size),
         "allreduce": allreduce,
     }
+    if tuned:
+        result["tune"] = tuned
     if options.predict:
         result["prediction"] = forecast(result, options)
     return result
+
+
+def _tune(config: Config, options: Options, groups: Subgroups, sources: Sources, note: Note) -> dict[str, Any] | None:
+    """At the largest N; None on ranks outside it."""
+    largest = options.ranks[-1]
+    case = Case(largest, largest * workers_per_rank(config, options), ddp=True)
+    members = groups.first(largest)
+    tuned = tune(case.config(config), members, sources, options, note) if members is not None else None
+    groups.sleep()
+    return tuned
 
 
 def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
@@ -103,6 +119,8 @@ def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
     if result["allreduce"]:
         tables["The all-reduce alone"] = allreduce_table(result["allreduce"])
     notes = {}
+    if "tune" in result:
+        tables["Settings tried"] = tune_table(result["tune"])
     if "prediction" in result:
         tables["Prediction (weak scaling)"] = prediction_table(result["prediction"])
         notes["Prediction (weak scaling)"] = prediction_notes(result["prediction"])
@@ -115,5 +133,9 @@ def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
     write_text_atomically(run_dir / "benchmark.md", f"`largebatch {result['command']}`\n\n" + "\n".join(pages))
     for title, table in tables.items():
         note("\n".join(["", title, as_text(table), *notes.get(title, [])]))
+    if "tune" in result:
+        settings = "\n".join(tune_notes(result["tune"]))
+        write_text_atomically(run_dir / "tune.yaml", settings + "\n")
+        note(f"\n{settings}")
     pictures = ", ".join(path.name for path in draw(result, run_dir))
     note(f"\nwritten into {run_dir}: benchmark.json, benchmark.csv, benchmark.md, {pictures}")

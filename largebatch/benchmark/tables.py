@@ -90,6 +90,13 @@ def prediction_table(prediction: Mapping[str, Any]) -> Table:
     return head, rows
 
 
+def tune_table(tune: Mapping[str, Any]) -> Table:
+    """What was tried, the fastest first."""
+    head = ["setting", "gain in images/s", "changes numbers"]
+    tried = sorted(tune["tried"], key=lambda t: -t["gain"])
+    return head, [[t["name"], f"{100 * t['gain']:+.1f} ± {50 * t['spread']:.1f} %", t["numerics"]] for t in tried]
+
+
 def prediction_notes(prediction: Mapping[str, Any]) -> list[str]:
     """What the prediction rests on: how good the fit is, its parameters, and what is assumed."""
     errors = prediction["leave_one_out"]
