@@ -13,7 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from largebatch.errors import EXIT_OK, EXIT_USER_INPUT, ConfigError, HealthError, UserError
+from largebatch.errors import (
+    EXIT_OK,
+    EXIT_USER_INPUT,
+    ConfigError,
+    HealthError,
+    Preempted,
+    RanksLost,
+    UserError,
+)
 
 app = typer.Typer(
     name="largebatch",
@@ -200,13 +208,16 @@ def _images_of(config: Any) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 2 the user's input is wrong, 3 stopped by health."""
+    """Run a command; returns the exit status.
+
+    0 done, 2 the user's input is wrong, 3 stopped by health, 75 preempted with a checkpoint written.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no "§" is no reason to stop
     try:
         status = app(args=arguments, standalone_mode=False)
         return status if isinstance(status, int) else EXIT_OK
-    except (UserError, HealthError) as error:
+    except (UserError, HealthError, Preempted, RanksLost) as error:
         # What is wrong with the config is wrong on every rank alike: the first one of each machine says it.
         if not isinstance(error, ConfigError) or _from_launcher("LOCAL_RANK", "SLURM_LOCALID") in (None, "0"):
             _complain(str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 EXIT_OK = 0
 EXIT_USER_INPUT = 2
 EXIT_HEALTH = 3
+EXIT_PREEMPTED = 75
 
 
 class UserError(Exception):
@@ -22,6 +23,22 @@ class DataError(UserError):
 
 
 class HealthError(Exception):
-    """Training is not healthy (a loss that is not finite). Exit status 3."""
+    """Training is not healthy (a loss that is not finite, replicas that differ). Exit status 3."""
 
     exit_status = EXIT_HEALTH
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written (disk full, read-only); the ones before it are intact. Exit status 2."""
+
+
+class Preempted(Exception):
+    """Asked by a signal to stop; a checkpoint is written. Exit status 75: the same command goes on."""
+
+    exit_status = EXIT_PREEMPTED
+
+
+class RanksLost(Exception):
+    """Other ranks are gone, or do not answer; the message names them. Exit status 1."""
+
+    exit_status = 1

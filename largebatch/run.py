@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from largebatch.config import Config, differences, read_config
-from largebatch.configfile.loading import dump_config
+from largebatch.configfile.loading import digest, dump_config
 from largebatch.data.catalog import facts
 from largebatch.data.load import load
 from largebatch.data.source import ImageSource
 from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.distributed.roll_call import name_lost_ranks
 from largebatch.errors import ConfigError, DataError, UserError
 from largebatch.models.build import build
 from largebatch.plan import Plan, describe, make_order, make_plan
 from largebatch.recipe.batch import deal_passes
 from largebatch.recipe.schedule import make_schedule
-from largebatch.report.environment import describe_environment
+from largebatch.report.environment import code_digest, describe_environment
 from largebatch.report.files import write_json_atomically, write_text_atomically
 from largebatch.report.metrics import TENSORBOARD_FOLDER, open_writers
 from largebatch.report.plots import draw_curves
@@ -31,6 +32,7 @@ from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_t
 from largebatch.training.evaluation import evaluate
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast
+from largebatch.training.preemption import StopRequest, stop_on_signals
 from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
 
@@ -53,15 +55,32 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
     before any process group exists where it can be told without the others, and HealthError.
     """
     _check_before_start(config, run_dir, resume, launch)
-    with connect(
-        launch,
-        device=config.execution.device,
-        backend=config.execution.backend,
-        threads=config.execution.threads,
-        timeout_seconds=60 * config.execution.timeout_minutes,
-    ) as ranks:
+    with (
+        stop_on_signals() as stop_request,
+        connect(
+            launch,
+            device=config.execution.device,
+            backend=config.execution.backend,
+            threads=config.execution.threads,
+            timeout_seconds=60 * config.execution.timeout_minutes,
+        ) as ranks,name_lost_ranks(ranks)
+    ):
+        check_alike(config, ranks)
         finished = ranks.from_main(lambda: _open_folder(run_dir, resume))
-        return finished or _train_connected(config, run_dir, name, ranks)
+        return finished or _train_connected(config, run_dir, name, ranks, stop_request)
+
+
+def check_alike(config: Config, ranks: Ranks) -> None:
+    """Raise UserError, on all ranks, unless all of them were started with one config and one code."""
+    own = {"config": digest(config), "code of largebatch": code_digest(), "version of torch": torch.__version__}
+    everyone = ranks.gather(own)
+    for what, value in everyone[0].items():
+        odd = [rank for rank, theirs in enumerate(everyone) if theirs[what] != value]
+        if odd:
+            raise UserError(
+                f"the {what} on rank {', '.join(map(str, odd))} is not that of rank 0; start all ranks from the same "
+                "files, or with the same overrides"
+            )
 
 
 def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Launch) -> None:
@@ -132,7 +151,9 @@ def _clear(run_dir: Path) -> None:
         events.unlink()
 
 
-def _train_connected(config: Config, run_dir: Path, name: str, ranks: Ranks) -> dict[str, Any]:
+def _train_connected(
+    config: Config, run_dir: Path, name: str, ranks: Ranks, stop_request: StopRequest
+) -> dict[str, Any]:
     sources = load(config.data, seed=config.seed, device=ranks.device)
     plan = make_plan(
         config,
@@ -144,6 +165,7 @@ def _train_connected(config: Config, run_dir: Path, name: str, ranks: Ranks) -> 
     trainer = make_trainer(
         config, plan, ranks, sources, CheckpointFolder(run_dir / _CHECKPOINTS, keep=config.checkpoint.keep)
     )
+    trainer.stop_request = stop_request
     data = ranks.broadcast(trainer.checkpoints.newest(_warn) if ranks.is_main else None)
     if data is not None:
         trainer.restore(deserialise(data, ranks.device))
@@ -196,7 +218,9 @@ def make_trainer(
     execution = config.execution
     train_source, validation = sources
     model = build_model(config, train_source, ranks)
-    optimizer = make_optimizer(model, config.optimizer, fused=execution.precision == "fp16")
+    optimizer = make_optimizer(
+        model, config.optimizer, fused=execution.precision == "fp16" or ranks.device.type == "cuda"
+    )
     virtual = VirtualWorkers(
         model,
         ranks,
@@ -221,6 +245,7 @@ def make_trainer(
         execution=execution,
         evaluation=config.evaluation,
         checkpointing=config.checkpoint,
+        health=config.health,
         logging=config.logging,
         checkpoints=checkpoints,
         loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,

@@ -237,6 +237,7 @@ def connect(
     here = choose_device(device, launch)
     ranks = Ranks(launch.rank, launch.world_size, here, choose_backend(backend, here, launch))
     if here.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
         torch.cuda.set_device(here)
     if launch.world_size == 1 and not group_of_one:
         yield ranks

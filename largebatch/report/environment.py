@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import socket
@@ -122,3 +123,12 @@ def _variables() -> dict[str, str]:
         for name, value in sorted(os.environ.items())
         if name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)
     }
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's own source files: two machines that differ in it run different code."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

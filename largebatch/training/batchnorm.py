@@ -58,7 +58,10 @@ class BatchNormStatistics:
         if self._saved is None:
             return
         self._rates = self._rates.to(self._saved)
-        self._restore(torch.lerp(self._saved, batch_average.to(self._saved), self._rates), tracked_steps=1)
+        average = batch_average.to(self._saved)
+        # One image that is not finite would stay in the running averages for ever: such a step leaves them alone.
+        moved = torch.where(average.isfinite().all(), torch.lerp(self._saved, average, self._rates), self._saved)
+        self._restore(moved, tracked_steps=1)
 
     @torch.no_grad()
     def abandon_step(self) -> None:

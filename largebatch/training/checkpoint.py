@@ -136,6 +136,10 @@ class CheckpointFolder:
             warn("no checkpoint is whole; the run starts again from step 0")
         return None
 
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, not verified; None if there is none."""
+        return max(self._steps(), default=None)
+
     def clear(self) -> None:
         """Remove all checkpoints, and nothing else."""
         self._remove(self._steps())

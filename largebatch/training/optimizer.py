@@ -61,6 +61,27 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def update_if_finite(optimizer: Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
+    """Apply the update unless `loss` or a gradient is not finite; returns whether it was not (boolean, []).
+
+    The device is not waited for: a fused optimizer reads the answer there. With loss scaling, gradients that
+    overflow are the scaler's business, which leaves such an update out and lowers its scale; only the loss counts.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+        return ~loss.isfinite()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    largest = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()  # not finite if any element is not
+    not_finite = ~(largest.isfinite() & loss.isfinite())
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not not_finite:
+        optimizer.step()
+    return not_finite
+
+
 class LrInsideSGD(Optimizer):
     """Momentum SGD with the learning rate inside the buffer, form (10) of the paper: v = m v + η g; w = w - v.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from largebatch.training.optimizer import set_lr
+from largebatch.training.optimizer import set_lr, update_if_finite
 from largebatch.training.precision import Autocast
 from largebatch.training.virtual_workers import VirtualWorkers
 
@@ -47,20 +47,31 @@ def train_step(
     autocast: Autocast,
     scaler: torch.amp.GradScaler,
     loss_factor: float = 1.0,
+    flags: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Update number `step`, with learning rate `lr`; takes this rank's passes from `batches`.
 
-    Returns ``loss`` (mean over the kn images) and ``wrong`` (how many of them were classified wrongly), on the
-    device: nothing here waits for it. `loss_factor` multiplies the gradients (the ablations of remarks 1 and 3).
+    Returns, on the device, for nothing here waits for it: ``loss`` (mean over the kn images), ``wrong`` (how many
+    of them were classified wrongly), ``not_finite`` (whether loss or gradients were not, and the update is left
+    out), ``passes_not_finite`` (this rank's passes whose loss was not) and ``flags`` (1-D, each pass's `flags`
+    summed over all of them: a way to tell the other ranks something). `loss_factor` multiplies the gradients
+    (the ablations of remarks 1 and 3).
     """
     set_lr(optimizer, lr)
+    finite = []
     for _ in virtual.passes(step):
         images, labels = next(batches)
         with autocast():
             logits = virtual(images)
             loss = F.cross_entropy(logits, labels)
         wrong = (logits.detach().argmax(dim=1) != labels).sum()
-        virtual.backward(loss, also_sum=wrong.reshape(1), scale=lambda share: scaler.scale(share * loss_factor))
-    scaler.step(optimizer)
-    scaler.update()
-    return {"loss": virtual.loss, "wrong": virtual.sums[0]}
+        counts = wrong.reshape(1) if flags is None else torch.cat([wrong.reshape(1).to(flags.dtype), flags])
+        virtual.backward(loss, also_sum=counts, scale=lambda share: scaler.scale(share * loss_factor))
+        finite.append(loss.detach().isfinite())
+    return {
+        "loss": virtual.loss,
+        "wrong": virtual.sums[0],
+        "flags": virtual.sums[1:],
+        "not_finite": update_if_finite(optimizer, scaler, virtual.loss),
+        "passes_not_finite": ~torch.stack(finite),
+    }

@@ -15,18 +15,23 @@ from torch.optim import Optimizer
 
 from largebatch.data.source import Batches, ImageSource, Pass
 from largebatch.distributed.environment import Ranks
-from largebatch.errors import HealthError, UserError
+from largebatch.errors import CheckpointError, HealthError, Preempted, UserError
 from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.schedule import Schedule
 from largebatch.report.metrics import MetricsWriter
 from largebatch.report.progress import Progress
-from largebatch.training.checkpoint import CheckpointFolder, TrainState, serialise
+from largebatch.training.checkpoint import CheckpointFolder, TrainState
 from largebatch.training.evaluation import evaluate
+from largebatch.training.facts import FactReader, StepFacts, flags_on
 from largebatch.training.precision import make_autocast, make_scaler
+from largebatch.training.preemption import StopRequest
+from largebatch.training.replicas import check_replicas
+from largebatch.training.saver import BackgroundSaver
 from largebatch.training.settings import (
     CheckpointSettings,
     EvaluationSettings,
     ExecutionSettings,
+    HealthSettings,
     LoggingSettings,
 )
 from largebatch.training.step import TimedBatches, train_step
@@ -39,11 +44,15 @@ class _Interval:
 
     loss: Tensor
     wrong: Tensor
+    skipped: Tensor
+    """Steps whose update was left out, because it was not finite; they count in nothing else."""
     steps: int = 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        self.loss += metrics["loss"]
-        self.wrong += metrics["wrong"]
+        skipped = metrics["not_finite"]
+        self.loss += torch.where(skipped, 0.0, metrics["loss"])
+        self.wrong += torch.where(skipped, 0.0, metrics["wrong"])
+        self.skipped += skipped
         self.steps += 1
 
 
@@ -76,8 +85,11 @@ class Trainer:
     execution: ExecutionSettings
     evaluation: EvaluationSettings
     checkpointing: CheckpointSettings
+    health: HealthSettings
     logging: LoggingSettings
     checkpoints: CheckpointFolder
+    stop_request: StopRequest = field(default_factory=StopRequest)
+    """Raised by a signal: the ranks then stop together after a step, with a checkpoint."""
     loss_factor: float = 1.0
     """Multiplies the gradients (the ablations of remarks 1 and 3)."""
     precise_steps: int = 0
@@ -98,6 +110,9 @@ class Trainer:
         channels_last = self.execution.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._interval = self._new_interval()
+        self._saver = BackgroundSaver(self.checkpoints)
+        self._facts = FactReader(self.ranks.device)
+        self._last_save = time.monotonic()
 
     # ---- state
 
@@ -113,6 +128,7 @@ class Trainer:
             interval={
                 "loss": self._interval.loss,
                 "wrong": self._interval.wrong,
+                "skipped": self._interval.skipped,
                 "steps": self._interval.steps,
             },
             recent_top1_errors=self.recent_top1_errors,
@@ -148,39 +164,41 @@ class Trainer:
     # ---- the loop
 
     def run(self, writer: MetricsWriter, progress: Progress) -> None:
-        """Train to the end. Raises HealthError if the loss is not finite."""
+        """Train to the end.
+
+        Raises HealthError if the loss is not finite or the replicas differ, Preempted after the checkpoint that
+        a stop request asks for, and CheckpointError if one cannot be written.
+        """
         total = self.schedule.total_steps
         logs = Cadence(self.logging.every_steps, total)
         evaluations = Cadence(self._steps(self.evaluation.every_epochs), total)
-        epochs = Cadence(self._steps(self.checkpointing.every_epochs or 0), total)
-        steps = Cadence(self.checkpointing.every_steps or 0, total)
         clock = _Clock(self)
         self.virtual.model.train()
-        with contextlib.closing(self._stream()) as stream:
-            batches = TimedBatches(stream, self.memory_format)
-            while self.step < total:
-                self._interval.add(self._train_step(batches))
-                self.step += 1
-                evaluates = evaluations.due(self.step)
-                saves = epochs.due(self.step) or steps.due(self.step)
-                record: dict[str, float] = {}
-                if evaluates or logs.due(self.step):
-                    record = self._read_interval(clock, batches)
-                elif saves:
-                    self._check_health()
-                clock.pause()
-                if evaluates:
-                    record.update(self._evaluate())
-                if record:
-                    writer.write(record)
-                    progress.update(record)
-                if saves:
-                    self._save()
-                clock.go_on()
+        try:
+            with contextlib.closing(self._stream()) as stream:
+                batches = TimedBatches(stream, self.memory_format)
+                while self.step < total:
+                    facts = self._train_step(batches)
+                    evaluates, saves = evaluations.due(self.step), self._saves_after(facts)
+                    record: dict[str, float] = {}
+                    if evaluates or logs.due(self.step):
+                        record = self._read_interval(clock, batches)
+                    clock.pause()
+                    if evaluates:
+                        record.update(self._evaluate())
+                    if record:
+                        writer.write(record)
+                        progress.update(record)
+                    self._between_steps(facts, saves, progress)
+                    clock.go_on()
+        finally:
+            self._saver.wait()
         clock.pause()
+        self._check_saved(progress)
 
-    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        return train_step(
+    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepFacts:
+        """One update; returns what all ranks know of the newest step that can be read without a wait."""
+        metrics = train_step(
             self.virtual,
             self.optimizer,
             batches,
@@ -189,7 +207,20 @@ class Trainer:
             autocast=self.autocast,
             scaler=self.scaler,
             loss_factor=self.loss_factor * self.schedule.loss_scale,
+            flags=self._flags(),
         )
+        self._interval.add(metrics)
+        facts = self._facts.read(self.step, metrics["flags"], metrics["not_finite"], metrics["passes_not_finite"])
+        self.step += 1
+        if facts.not_finite and self.health.on_not_finite == "stop":
+            self._stop_not_finite(facts)
+        return facts
+
+    def _flags(self) -> Tensor:
+        minutes = self.checkpointing.every_minutes
+        due = minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+        stop, failed = self.stop_request.asked, self._saver.error is not None
+        return flags_on(self.ranks.device, stop=stop, save=due and self.ranks.is_main, failed=failed)
 
     def _stream(self) -> Batches:
         return self.train.stream(self.passes(range(self.step, self.schedule.total_steps)), augment=True)
@@ -207,26 +238,76 @@ class Trainer:
 
     def _read_interval(self, clock: _Clock, batches: TimedBatches) -> dict[str, float]:
         """The metrics since the last record. Waits for the device."""
-        self._check_health()
         interval, self._interval = self._interval, self._new_interval()
-        images = interval.steps * self.order.global_batch
+        skipped = int(interval.skipped.item())
+        counted = interval.steps - skipped
+        images = counted * self.order.global_batch
         timing = clock.read(batches.waited)
-        return {
+        record: dict[str, float] = {
             "step": self.step,
             "epoch": self.step / self.order.steps_per_epoch,
-            "train/loss": interval.loss.item() / interval.steps,
-            "train/top1_error": 100.0 * interval.wrong.item() / images,
+            "train/loss": interval.loss.item() / counted if counted else math.nan,
+            "train/top1_error": 100.0 * interval.wrong.item() / images if counted else math.nan,
             "lr": self.schedule.lr_at(self.step - 1),
             "images_per_second": self.order.global_batch / timing.step,
             "data_wait": timing.data_wait,
         }
+        if skipped:
+            record["skipped_steps"] = skipped
+        return record
 
-    def _check_health(self) -> None:
-        if not math.isfinite(self._interval.loss.item()):
-            raise HealthError(
-                f"the training loss is {self._interval.loss.item()} by step {self.step} (learning rate "
-                f"{self.schedule.lr_at(self.step - 1):g}); lower schedule.reference_lr, or warm up longer"
+    def _saves_after(self, facts: StepFacts) -> bool:
+        """Whether a checkpoint is due after the newest step: by steps, epochs, the clock or a stop request."""
+        total = self.schedule.total_steps
+        epochs = Cadence(self._steps(self.checkpointing.every_epochs or 0), total)
+        steps = Cadence(self.checkpointing.every_steps or 0, total)
+        return epochs.due(self.step) or steps.due(self.step) or facts.save or facts.stop
+
+    def _between_steps(self, facts: StepFacts, saves: bool, progress: Progress) -> None:
+        """What all ranks do together where it is due: compare replicas, save, stop."""
+        every = self.health.replica_check_every_steps
+        if every and (saves or self.step % every == 0):
+            check_replicas(self.virtual.model, self.optimizer, self.ranks, step=self.step)
+        if facts.failed:
+            self._check_saved(progress)
+        if saves:
+            self._last_save = time.monotonic()
+            if self.ranks.is_main:
+                self._saver.save(self.state())
+        if facts.stop and self.step < self.schedule.total_steps:
+            self._saver.wait()
+            self._check_saved(progress)
+            raise Preempted(
+                f"stopped by a signal after step {self.step}, with a checkpoint; the same command goes on from there"
             )
+
+    def _check_saved(self, progress: Progress) -> None:
+        """On all ranks: raise CheckpointError, or warn, if rank 0 could not write a checkpoint."""
+        error = self.ranks.broadcast(self._saver.take_error())
+        if error is None:
+            return
+        if self.checkpointing.on_error == "stop":
+            raise CheckpointError(
+                f"a checkpoint could not be written ({error}); the ones before it are intact. Make room or mend the "
+                "folder, then start the same command again; checkpoint.on_error=continue goes on without"
+            )
+        progress.note(f"warning: a checkpoint could not be written ({error}); the ones before it are intact")
+
+    def _stop_not_finite(self, facts: StepFacts) -> None:
+        own = [w for w, bad in zip(self.virtual.workers_by_pass, facts.passes_not_finite, strict=True) if bad]
+        everyone = self.ranks.gather([worker for workers in own for worker in workers])
+        found = [f"rank {rank}: virtual workers {workers}" for rank, workers in enumerate(everyone) if workers]
+        where = "the loss on " + "; ".join(found) if found else "the summed gradients, though every loss is finite"
+        raise HealthError(
+            f"step {facts.step}: not finite: {where}. The update was not applied (learning rate "
+            f"{self.schedule.lr_at(facts.step):g}). {self._last_good()} Lower schedule.reference_lr, warm up longer, "
+            "look at the images, or skip such steps with health.on_not_finite=skip"
+        )
+
+    def _last_good(self) -> str:
+        self._saver.wait()
+        newest = self.checkpoints.newest_step()
+        return f"The newest checkpoint is of step {newest}." if newest is not None else "There is no checkpoint yet."
 
     def _evaluate(self) -> dict[str, float]:
         with self.evaluation_statistics():
@@ -262,13 +343,10 @@ class Trainer:
         yield
         batchnorm.write(running)
 
-    def _save(self) -> None:
-        if self.ranks.is_main:
-            self.checkpoints.save(self.step, serialise(self.state()))
-
     def _new_interval(self) -> _Interval:
         device = self.ranks.device
-        return _Interval(torch.zeros((), device=device), torch.zeros((), dtype=torch.float64, device=device))
+        wrong, skipped = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        return _Interval(torch.zeros((), device=device), wrong, skipped)
 
     def summary(self) -> dict[str, float | int]:
         """`summary.json` of a finished run."""

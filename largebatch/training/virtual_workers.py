@@ -83,6 +83,9 @@ class VirtualWorkers:
         self._seed = seed
         # The device's own: torch.manual_seed seeds every kind of device, which costs 0.7 ms without a GPU.
         cuda = ranks.device.type == "cuda"
+        if cuda and self._tree:
+            # Kernels that add in an order of their own would undo what the tree promises.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self._generator = torch.cuda.default_generators[ranks.device.index] if cuda else torch.default_generator
         self.batchnorm = BatchNormStatistics(model, workers_per_pass=workers_per_pass, momentum=batchnorm_momentum)
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,82 @@
+"""When a collective fails: who does not answer any more?"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from largebatch.distributed.environment import Ranks
+from largebatch.errors import RanksLost
+
+_PATIENCE = datetime.timedelta(seconds=5)
+
+
+@contextlib.contextmanager
+def name_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Inside, a collective that fails because of other ranks raises RanksLost, which names them.
+
+    Every rank that sees a failure says so in the store; those that have not within seconds are the ones that
+    died or hang. A rank that fails by an error of its own leaves it there for the others to quote.
+    """
+    if ranks.world_size == 1:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that holds it
+            _say(ranks, error)
+        if not _is_collective_failure(error):
+            raise
+        raise RanksLost(_explain(ranks, error)) from error
+
+
+def _is_collective_failure(error: Exception) -> bool:
+    """Whether `error` came from the communication with other ranks, not from this rank's own work."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(mark in text for mark in ("gloo", "NCCL", "Connection", "Timed out"))
+    )
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _key(rank: int) -> str:
+    return f"largebatch/failed/{rank}"
+
+
+def _say(ranks: Ranks, error: Exception) -> None:
+    own = "" if _is_collective_failure(error) else f"{type(error).__name__}: {error}".splitlines()[0]
+    _store().set(_key(ranks.rank), own)
+
+
+def _explain(ranks: Ranks, error: Exception) -> str:
+    missing, causes = [], []
+    try:
+        for rank in range(ranks.world_size):
+            if rank == ranks.rank:
+                continue
+            try:
+                _store().wait([_key(rank)], _PATIENCE)
+                cause = _store().get(_key(rank)).decode()
+                if cause:
+                    causes.append(f"rank {rank} failed: {cause}")
+            except dist.DistStoreError:
+                missing.append(rank)
+    except RuntimeError:
+        missing = [0]
+    lost = f"{_ranks(missing)} died or hung" if missing else ""
+    reason = "; ".join(filter(None, [lost, *causes])) or "the connection between the ranks broke"
+    return (
+        f"{reason}. Start the same command again: the run goes on from its newest checkpoint "
+        f"({str(error).splitlines()[0][:200]})"
+    )
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"

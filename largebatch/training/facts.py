@@ -1,0 +1,61 @@
+"""What all ranks learn of each step alike, beside its gradients: who asks for a stop, and whether the update was
+finite."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STOP, SAVE, FAILED = range(3)
+FLAGS = 3
+"""Flags that a rank raises: asked to stop, a checkpoint is due by the clock, the last one could not be written."""
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One step's facts, the same on every rank but for the last."""
+
+    step: int
+    stop: bool = False
+    save: bool = False
+    failed: bool = False
+    not_finite: bool = False
+    passes_not_finite: tuple[bool, ...] = ()
+    """Which of this rank's own passes had a loss that is not finite."""
+
+
+class FactReader:
+    """Turns each step's flags on the device into `StepFacts`, without a wait that the device would notice.
+
+    On a CPU they are read at once; on a GPU one step later, when that step's successor is already queued. Ranks
+    read at the same step, so they decide alike.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lag = 1 if device.type == "cuda" else 0
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def read(self, step: int, flags: Tensor, not_finite: Tensor, passes: Tensor) -> StepFacts:
+        """Take in the facts of `step` (flags [FLAGS] summed over workers, booleans [], [passes]); the newest due."""
+        packed = torch.cat([flags > 0, not_finite.reshape(1), passes])
+        event = None
+        if packed.is_cuda:
+            packed = packed.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, packed, event))
+        if len(self._pending) <= self._lag:
+            return StepFacts(step=-1)
+        step, packed, event = self._pending.popleft()
+        if event is not None:
+            event.synchronize()
+        stop, save, failed, bad, *here = packed.tolist()
+        return StepFacts(step, stop, save, failed, bad, tuple(here))
+
+
+def flags_on(device: torch.device, *, stop: bool, save: bool, failed: bool) -> Tensor:
+    """This rank's flags as a tensor, float32 [FLAGS]."""
+    return torch.tensor([stop, save, failed], dtype=torch.float32).to(device, non_blocking=True)

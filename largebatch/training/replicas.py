@@ -1,0 +1,55 @@
+"""Synchronous replicas must be identical: weights, BatchNorm statistics and optimizer state, on every rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from largebatch.distributed.environment import Ranks
+from largebatch.errors import HealthError
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_replicas(model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step: int) -> None:
+    """Raise HealthError, naming the odd rank and its first odd tensor, unless all ranks hold the same bits.
+
+    Called on all ranks at the same step; waits for the device. With two ranks nobody can say which is right.
+    """
+    if ranks.world_size == 1:
+        return
+    tensors = dict(_tensors(model, optimizer))
+    sums = ranks.gather(torch.stack([_checksum(t) for t in tensors.values()]).tolist())
+    (majority, votes), *_ = Counter(map(tuple, sums)).most_common()
+    odd = [rank for rank, own in enumerate(sums) if tuple(own) != majority]
+    if not odd:
+        return
+    names = list(tensors)
+    where = next(names[i] for i in range(len(names)) if sums[odd[0]][i] != majority[i])
+    who = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
+    if votes <= len(odd):
+        who = f"ranks {', '.join(map(str, range(ranks.world_size)))} disagree, and no majority says which is right"
+    raise HealthError(
+        f"replicas are not identical after step {step}: {who} (first in {where}); the memory of that machine or "
+        "device is not to be trusted. Start the same command again without it: the run goes on from the newest "
+        "checkpoint, which was written while all replicas agreed"
+    )
+
+
+def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    yield from model.state_dict().items()
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                yield f"the optimizer's {key} of {names.get(id(parameter), '?')}", value
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of the tensor's bits read as integers, modulo 2**64: any single flipped bit changes it."""
+    bits = tensor.detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
