@@ -63,7 +63,8 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
             backend=config.execution.backend,
             threads=config.execution.threads,
             timeout_seconds=60 * config.execution.timeout_minutes,
-        ) as ranks,name_lost_ranks(ranks)
+        ) as ranks,
+        name_lost_ranks(ranks),
     ):
         check_alike(config, ranks)
         finished = ranks.from_main(lambda: _open_folder(run_dir, resume))
@@ -256,7 +257,11 @@ def make_trainer(
 def _finish(trainer: Trainer, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
     """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end."""
     with trainer.evaluation_statistics():
-        weights = {key: value.detach().cpu().contiguous() for key, value in trainer.virtual.model.state_dict().items()}
+        # A copy: the statistics that evaluation used are in the buffers here only.
+        weights = {
+            key: value.detach().to("cpu", copy=True).contiguous()
+            for key, value in trainer.virtual.model.state_dict().items()
+        }
     summary = trainer.summary()
     if ranks.is_main:
         temporary = run_dir / "model.tmp"

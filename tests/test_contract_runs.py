@@ -177,12 +177,7 @@ def statistics_by_hand(model: nn.Module, settings: Config, steps: int) -> dict[s
     "statistics",
     [
         "running",
-        pytest.param(
-            "precise",
-            marks=pytest.mark.xfail(
-                strict=True, reason="run._finish exports aliases of buffers that are put back before they are saved"
-            ),
-        ),
+        "precise",
     ],
 )
 def test_the_exported_weights_evaluate_as_the_run_did(statistics: str, tmp_path: Path) -> None:

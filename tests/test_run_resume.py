@@ -112,23 +112,22 @@ def test_stopped_right_after_a_checkpoint(undisturbed: Path, tmp_path: Path, ste
 
 
 def _fail_at_step(_: Launch, arguments: list[str], step: int) -> int:
-    from largebatch.errors import HealthError
     from largebatch.training.trainer import Trainer
 
-    check = Trainer._check_health
+    train_step = Trainer._train_step
 
-    def fail(self: Trainer) -> None:
-        check(self)
-        if self.step >= step:
-            raise HealthError("made up")
+    def fail(self: Trainer, *inputs: Any) -> Any:
+        if self.step == step:
+            next(self.virtual.model.parameters()).data.fill_(float("nan"))
+        return train_step(self, *inputs)
 
-    Trainer._check_health = fail  # type: ignore[method-assign]
+    Trainer._train_step = fail  # type: ignore[method-assign]
     return main(arguments)
 
 
 def test_stopped_by_health_exits_3_and_can_be_gone_on_with(undisturbed: Path, tmp_path: Path) -> None:
     command = ["train", DIGITS, "--run-dir", str(tmp_path), *SMALL]
-    assert run_ranks(_fail_at_step, 2, command, 12) == [3, 3]
+    assert run_ranks(_fail_at_step, 2, command, 10) == [3, 3]
     assert saved_steps(tmp_path)[-1] == 9
     train_digits(tmp_path, 2)
     assert_invisible(undisturbed, tmp_path)

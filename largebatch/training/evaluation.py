@@ -35,19 +35,20 @@ def evaluate(
     mine = block(len(batches), ranks.world_size, ranks.rank)
     rows = torch.zeros(len(batches), 4, dtype=torch.float64, device=ranks.device)
     passes = [Pass(0, np.arange(batches[b].start, batches[b].stop)) for b in mine]
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     with torch.no_grad():
         for row, (images, labels) in zip(mine, source.stream(passes, augment=False), strict=True):
             with autocast():
                 logits = model(images.contiguous(memory_format=memory_format))
             rows[row] = _sums(logits.float() if logits.dtype != torch.float64 else logits, labels)
-    model.train(was_training)
+    for module in training:  # not model.train(): a part that its owner keeps in eval mode stays so
+        module.training = True
     loss, top1, top5, count = ranks.sum(rows).sum(dim=0).tolist()
     assert count == source.images, f"evaluated {count} of {source.images} images"
-    result = {"val/loss": loss / count, "val/top1_error": 100 * (1 - top1 / count), "val/images": count}
+    result = {"val/loss": loss / count, "val/top1_error": 100 * (count - top1) / count, "val/images": count}
     if source.classes > 5:
-        result["val/top5_error"] = 100 * (1 - top5 / count)
+        result["val/top5_error"] = 100 * (count - top5) / count
     return result
 
 
