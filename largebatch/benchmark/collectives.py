@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from largebatch.benchmark.breakdown import interquartile_range
 from largebatch.benchmark.clock import make_clock
+from largebatch.benchmark.options import Options
 from largebatch.distributed.allreduce import AllReduce
 from largebatch.distributed.environment import Ranks
 from largebatch.distributed.gradients import make_allreduce
@@ -18,8 +19,7 @@ from largebatch.distributed.subgroups import Subgroups
 from largebatch.recipe.batch import deal_passes
 
 REDUCTIONS = ("fast", "reproducible")
-SIZES = tuple(4096 << shift for shift in range(0, 15, 2))
-"""Bytes: 4 KiB to 64 MiB."""
+_SMALLEST = 4096  # bytes; each size is four times the one before
 _ROUNDS = 5
 _WINDOW_SECONDS = 0.03
 _PATIENCE = 1.0  # seconds of one all-reduce above which larger ones are left out
@@ -36,24 +36,25 @@ def bandwidths(size: int, seconds: float, world_size: int) -> tuple[float, float
 
 
 def measure_allreduce(
-    counts: Sequence[int], groups: Subgroups, ranks_per_node: int, note: Callable[[str], None]
+    options: Options, groups: Subgroups, ranks_per_node: int, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """The backend's all-reduce and the reproducible one at every N above 1; complete on rank 0."""
     found: list[dict[str, Any]] = []
-    for count in counts:
+    for count in options.ranks:
         members = groups.first(count) if count > 1 else None
         if members is not None:
             note(f"all-reduce alone, N={count}")
-            found += _measure_group(members, ranks_per_node)
+            found += _measure_group(members, ranks_per_node, options.largest_allreduce)
         groups.sleep()
     return found
 
 
-def _measure_group(members: Ranks, ranks_per_node: int) -> list[dict[str, Any]]:
+def _measure_group(members: Ranks, ranks_per_node: int, largest: int) -> list[dict[str, Any]]:
     blocks = deal_passes(members.world_size, 1, members.world_size)
     exchanges = {name: make_allreduce(members, name, blocks, members.world_size) for name in REDUCTIONS}
-    found = []
-    for size in SIZES:
+    found: list[dict[str, Any]] = []
+    size = _SMALLEST
+    while size <= largest:
         buffer = torch.ones(size // 4, device=members.device)
         once = {name: _seconds(exchange, buffer, members, 1) for name, exchange in exchanges.items()}
         calls = max(1, math.ceil(_WINDOW_SECONDS / min(once.values())))
@@ -64,6 +65,7 @@ def _measure_group(members: Ranks, ranks_per_node: int) -> list[dict[str, Any]]:
         found += [_row(name, size, members.world_size, ranks_per_node, windows[name]) for name in exchanges]
         if max(once.values()) > _PATIENCE:
             break
+        size *= 4
     return found
 
 

@@ -78,7 +78,7 @@ def _measure_all(
     groups = Subgroups(ranks, options.ranks)
     cases = list(dict.fromkeys(row.case for row in rows))
     measured = measure(config, cases, ranks, groups, sources, options, note)
-    allreduce = measure_allreduce(options.ranks, groups, launch.local_world_size, note)
+    allreduce = measure_allreduce(options, groups, launch.local_world_size, note)
     tuned = _tune(config, options, groups, sources, note) if options.tune else None
     if not ranks.is_main:
         return {}

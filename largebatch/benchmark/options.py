@@ -25,6 +25,8 @@ class Options:
     """How often every kind of window is measured."""
     window_seconds: float = 0.4
     """Shortest window."""
+    largest_allreduce: int = 64 << 20
+    """Bytes of the largest all-reduce that is measured by itself."""
     tune: bool = False
     predict: tuple[int, ...] = ()
     network: float | None = None
