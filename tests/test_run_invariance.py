@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from run_folders import records, scalars, summary, tensor_hashes, train_digits
+from run_folders import DIGITS, SMALL, records, scalars, summary, tensor_hashes, train_digits
 from torch import nn
 
+from largebatch.cli import main
 from largebatch.distributed.environment import Launch, connect
 from largebatch.models.build import build
 from largebatch.models.settings import ModelSettings
@@ -78,6 +79,19 @@ def test_reproducible_holds_for_every_way_to_execute(tmp_path: Path, world_size:
     train_digits(tmp_path / "one", 1, *shorter)
     train_digits(tmp_path / "many", world_size, *shorter)
     assert_same_run(tmp_path / "one", tmp_path / "many")
+
+
+def _train_compiled(_: Launch, arguments: list[str]) -> int:
+    # Without generating code, which takes half a minute: this is about the wrapping and the names.
+    compile_module = nn.Module.compile
+    nn.Module.compile = lambda self: compile_module(self, backend="eager")  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def test_reproducible_holds_for_a_compiled_model(alone: Path, tmp_path: Path) -> None:
+    command = ["train", DIGITS, "--run-dir", str(tmp_path), *SMALL, "execution.compile=true"]
+    assert run_ranks(_train_compiled, 2, command) == [0, 0]
+    assert_same_run(alone, tmp_path)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -1,0 +1,113 @@
+"""`largebatch evaluate`: the run's own figures, or a clear refusal; nothing in a model.pt is ever executed.
+
+That it prints the run's figures on one rank and on two is tested with every instant config.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_folders import DIGITS, SMALL, call, call_on, records, summary
+
+SHORT = [*SMALL, "schedule.epochs=1", "schedule.decay.kind=none", "model.name=mlp"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    (outcome,) = call_on(1, "train", DIGITS, "--run-dir", folder, *SHORT)
+    assert outcome.status == 0, outcome.err
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_more_ranks_than_batches_print_the_same(run_dir: Path) -> None:
+    """101 images in batches of 60 on three ranks: one of them has nothing to do."""
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("images_per_batch: 25", "images_per_batch: 60"))
+    alone, (several, *rest) = call_on(1, "evaluate", run_dir)[0], call_on(3, "evaluate", run_dir)
+    assert (alone.status, several.status) == (0, 0), several.err
+    assert several.out == alone.out
+    assert [outcome.out for outcome in rest] == ["", ""]
+    result = json.loads(alone.out)
+    assert result["val/images"] == 101
+    assert result["val/top1_error"] == summary(run_dir)["top1_error"]
+    assert result["val/loss"] == pytest.approx(records(run_dir)[-1]["val/loss"], rel=1e-6)
+
+
+def test_it_changes_nothing_in_the_run_folder(run_dir: Path) -> None:
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert call("evaluate", run_dir).status == 0
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+class _Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self._trace,)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _transpose(path: Path) -> None:
+    torch.save({name: tensor.t() for name, tensor in torch.load(path, weights_only=True).items()}, path)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: path.unlink(), "no model.pt here"),
+    "a_folder": (lambda path: (path.unlink(), path.mkdir()), "no model.pt here"),
+    "empty": (lambda path: path.write_bytes(b""), "model.pt: damaged"),
+    "garbage": (lambda path: path.write_bytes(b"\x80\x02garbage" * 99), "model.pt: damaged"),
+    "truncated": (_truncate, "model.pt: damaged"),
+    "bomb": (lambda path: torch.save({"a": _Bomb(path.parent / "trace")}, path), "more than tensors"),
+    "bare_bomb": (lambda path: path.write_bytes(pickle.dumps(_Bomb(path.parent / "trace"), 2)), "more than tensors"),
+    "a_list": (lambda path: torch.save([1, 2], path), "not the weights of this run's model"),
+    "a_number": (lambda path: torch.save(3, path), "not the weights of this run's model"),
+    "other_names": (lambda path: torch.save({"w": torch.zeros(2)}, path), "not the weights of this run's model"),
+    "other_shapes": (_transpose, "not the weights of this run's model"),
+}
+
+
+@pytest.mark.parametrize(("damage", "problem"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_model_is_refused(run_dir: Path, damage: Callable[[Path], object], problem: str) -> None:
+    damage(run_dir / "model.pt")
+    outcome = call("evaluate", run_dir)
+    assert outcome.status == 2, outcome.err
+    assert problem in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert not (run_dir / "trace").exists()
+
+
+@pytest.mark.parametrize("text", [None, "", "batch: [1", "batch: {virtual_wrokers: 8}"])
+def test_a_damaged_config_is_refused(run_dir: Path, text: str | None) -> None:
+    config = run_dir / "config.yaml"
+    config.unlink() if text is None else config.write_text(text)
+    outcome = call("evaluate", run_dir)
+    assert outcome.status == 2, outcome.err
+    assert str(config) in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    outcome = call("evaluate", tmp_path)
+    assert outcome.status == 2
+    assert "a run that has finished" in outcome.err
