@@ -33,7 +33,7 @@ SMALL = [
     "logging.every_steps=3",
     "checkpoint.every_steps=3",
 ]
-TIMING = ("time", "images_per_second", "data_wait")
+TIMING = ("time", "images_per_second", "data_wait", "compute", "slowest_rank", "slowdown")
 
 
 class Outcome(NamedTuple):

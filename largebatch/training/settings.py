@@ -114,7 +114,7 @@ class HealthSettings(Section):
     """Compare a checksum of weights, optimizer state and BatchNorm statistics over the ranks each so many steps,
     and before each checkpoint; 0 for never."""
     straggler_factor: float = Field(1.5, gt=1)
-    """Name a rank that computes this many times slower than the median of the ranks."""
+    """Name a rank that computes this many times slower, per pass, than the median of the others."""
 
 
 class LoggingSettings(Section):

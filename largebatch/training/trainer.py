@@ -35,6 +35,7 @@ from largebatch.training.settings import (
     LoggingSettings,
 )
 from largebatch.training.step import TimedBatches, train_step
+from largebatch.training.stragglers import StragglerWatch
 from largebatch.training.virtual_workers import VirtualWorkers
 
 
@@ -113,6 +114,9 @@ class Trainer:
         self._saver = BackgroundSaver(self.checkpoints)
         self._facts = FactReader(self.ranks.device)
         self._last_save = time.monotonic()
+        self._stragglers = StragglerWatch(
+            self.ranks, passes=len(self.virtual.workers_by_pass), factor=self.health.straggler_factor
+        )
 
     # ---- state
 
@@ -182,7 +186,7 @@ class Trainer:
                     evaluates, saves = evaluations.due(self.step), self._saves_after(facts)
                     record: dict[str, float] = {}
                     if evaluates or logs.due(self.step):
-                        record = self._read_interval(clock, batches)
+                        record = self._read_interval(clock, batches, progress)
                     clock.pause()
                     if evaluates:
                         record.update(self._evaluate())
@@ -236,13 +240,16 @@ class Trainer:
 
     # ---- what happens between steps
 
-    def _read_interval(self, clock: _Clock, batches: TimedBatches) -> dict[str, float]:
+    def _read_interval(self, clock: _Clock, batches: TimedBatches, progress: Progress) -> dict[str, float]:
         """The metrics since the last record. Waits for the device."""
         interval, self._interval = self._interval, self._new_interval()
         skipped = int(interval.skipped.item())
         counted = interval.steps - skipped
         images = counted * self.order.global_batch
         timing = clock.read(batches.waited)
+        compute, straggler = self._stragglers.compare(self.virtual.own_compute.read() / timing.steps)
+        if straggler:
+            progress.note(straggler)
         record: dict[str, float] = {
             "step": self.step,
             "epoch": self.step / self.order.steps_per_epoch,
@@ -251,6 +258,7 @@ class Trainer:
             "lr": self.schedule.lr_at(self.step - 1),
             "images_per_second": self.order.global_batch / timing.step,
             "data_wait": timing.data_wait,
+            **compute,
         }
         if skipped:
             record["skipped_steps"] = skipped
@@ -366,6 +374,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Timing:
+    steps: int
     step: float
     data_wait: float
 
@@ -395,7 +404,7 @@ class _Clock:
         """Seconds per step, and of them in waiting for data, since the last reading. The device is idle."""
         self._count(time.perf_counter())
         steps = self._trainer.step - self._interval_first_step
-        timing = _Timing(self._interval_seconds / steps, (waited - self._waited) / steps)
+        timing = _Timing(steps, self._interval_seconds / steps, (waited - self._waited) / steps)
         self._interval_seconds, self._interval_first_step, self._waited = 0.0, self._trainer.step, waited
         return timing
 

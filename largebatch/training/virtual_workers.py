@@ -24,6 +24,7 @@ from largebatch.recipe.batch import deal_passes
 from largebatch.recipe.draws import fold
 from largebatch.recipe.tree import Node, push
 from largebatch.training.batchnorm import BatchNormStatistics
+from largebatch.training.stopwatch import TimedAllReduce, make_stopwatch
 
 # Keep the seeds of dropout and the like apart from those of order and augmentation, and from each other.
 _MODEL_DRAWS, _STATISTICS_DRAWS = 3, 4
@@ -90,11 +91,14 @@ class VirtualWorkers:
         self.batchnorm = BatchNormStatistics(model, workers_per_pass=workers_per_pass, momentum=batchnorm_momentum)
         parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = PartialGradients(parameters, self._leaves, tree=self._tree)
+        self.own_compute = make_stopwatch(ranks.device)
+        """Runs from each pass's forward until its gradients are there, and never while other ranks are waited for."""
         self._distributed = ranks.distributed
         self._wrapped: nn.Module = model
         if self._distributed:
             allreduce = make_allreduce(ranks, reduction, blocks, self._leaves)
-            self._exchange = GradientExchange(self._gradients, allreduce, compression)
+            timed = TimedAllReduce(allreduce, self.own_compute)
+            self._exchange = GradientExchange(self._gradients, timed, compression)
             self._wrapped = wrap(
                 model,
                 ranks,
@@ -163,6 +167,7 @@ class VirtualWorkers:
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's output for one pass, through DDP if there are several ranks."""
+        self.own_compute.go()
         return self._wrapped(*inputs)
 
     def backward(
@@ -183,6 +188,7 @@ class VirtualWorkers:
         # The mean over kn images is the sum over the passes of their means over the number of passes (remark 3).
         share = loss / self._leaves
         (scale(share) if scale else share).backward()
+        self.own_compute.pause()
 
     def _seed_draws(self, kind: int, step: int, leaf: int) -> None:
         """Dropout and the like draw from (seed, step, pass), never from what this process did before."""
