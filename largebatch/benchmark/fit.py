@@ -111,13 +111,28 @@ def _fit(points: list[Point], rows: list[tuple[Result, Any]], algorithm: str) ->
         jitter=statistics.stdev(steps),
         other=max(0.0, measured["other"]),
         data_wait=max(0.0, measured["data_wait"]),
-        **fit_communication(rows, algorithm),
+        **fit_communication(_of_like_size(rows, measured["buckets"]), algorithm),
     )
     # What is left of the steps without exchange: their slowest rank, as it was measured.
     parameters = _matched_to_windows(parameters, measured)
     sent = [Message(b["size"], b["ready"] / measured["replay_seconds"]) for b in measured["buckets"]]
     contention = _fit_contention(parameters, sent, points, algorithm)
     return Fit(replace(parameters, contention=contention), sent, algorithm, reference, errors={})
+
+
+def _of_like_size(rows: list[tuple[Result, Any]], buckets: Sequence[Mapping[str, Any]]) -> list[tuple[Result, Any]]:
+    """The all-reduces about as large as most of the step's bytes or larger, and the smallest, for the latency.
+
+    Libraries change their way with the size, and switches let a burst pass: what is true of 64 KiB is not of 25 MB.
+    """
+    half, seen = sum(bucket["size"] for bucket in buckets) / 2, 0
+    for size in sorted((bucket["size"] for bucket in buckets), reverse=True):
+        seen += size
+        if seen >= half:
+            break
+    sizes = {a["size"] for _, a in rows}
+    used = {s for s in sizes if s >= size / 4} or {max(sizes)}
+    return [(r, a) for r, a in rows if a["size"] in used | {min(sizes)}]
 
 
 def _matched_to_windows(parameters: Parameters, measured: Mapping[str, Any]) -> Parameters:
