@@ -36,6 +36,14 @@ data_app = typer.Typer(help="Obtain data sets.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 
+
+def _folder(text: str) -> Path:
+    """A folder that an option names; a shell variable that is not set must not mean the current one."""
+    if not text:
+        raise typer.BadParameter("'' names no folder; give one ('.' for the current one)")
+    return Path(text)
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -47,7 +55,9 @@ Overrides = Annotated[
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/<config name>]")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(parser=_folder, help="The run folder.  [default: runs/<config name>]")
+    ] = None,
     resume: Annotated[
         str, typer.Option(metavar="auto|never", help="Go on from what the run folder holds, or start anew.")
     ] = "auto",
@@ -120,7 +130,9 @@ def benchmark(
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks on a predicted node.  [default: as measured]")
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Results.  [default: runs/benchmark_<config name>]")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(parser=_folder, help="Results.  [default: runs/benchmark_<config name>]")
+    ] = None,
 ) -> None:
     """Measure how training scales over 1 to N ranks, where its step goes, and what more ranks would give."""
     from largebatch.benchmark.options import MODES, Options, default_counts, parse_counts, parse_rate

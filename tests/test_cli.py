@@ -355,3 +355,10 @@ class TestConfig:
             if not found.get("description"):
                 missing.append(key)
         return missing
+
+
+def test_an_empty_run_dir_is_not_the_current_folder() -> None:
+    outcome = call("train", DIGITS, "--run-dir", "", "--resume", "never")
+    assert outcome.status == 2
+    assert "--run-dir" in outcome.err
+    assert "names no folder" in outcome.err

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
+from largebatch.configfile.loading import digest, dump_config, load_config
+from largebatch.configfile.yamlcore import write_yaml
 from largebatch.errors import ConfigError
-from largebatch.loading import digest, dump_config, load_config
 from largebatch.section import Section
-from largebatch.yamlcore import write_yaml
 
 
 class Warmup(Section):
@@ -82,9 +82,7 @@ def _complaint(text: str | bytes, *overrides: str) -> str:
 
 def test_files_merge_under_the_overrides(folder: Path) -> None:
     (folder / "deep").mkdir()
-    (folder / "deep/base.yaml").write_text(
-        "extends: ../root.yaml\nschedule: {milestones: [1, 2], warmup: {epochs: 2}}"
-    )
+    (folder / "deep/base.yaml").write_text("extends: ../root.yaml\nschedule: {milestones: [1, 2], warmup: {epochs: 2}}")
     (folder / "root.yaml").write_text("name: root\nseed: 4\nschedule: {warmup: {kind: none}, every: 3}")
     text = "extends: deep/base.yaml\nname: top\nschedule:\n  milestones: [7]\n"
     overrides = ["seed=5", "schedule.every=null", "optimizer.arguments={a: 1}", "optimizer.arguments.b=[x]"]
@@ -159,7 +157,7 @@ def test_digest_is_that_of_the_values(folder: Path) -> None:
 
 
 def test_loading_needs_no_torch() -> None:
-    code = "import sys, largebatch.loading; sys.exit('torch' in sys.modules)"
+    code = "import sys, largebatch.configfile.loading; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
@@ -172,8 +170,7 @@ def test_loading_needs_no_torch() -> None:
     [
         (
             "schedule: {warmup: {kind: gradul}}",
-            "schedule.warmup.kind: 'gradul' is not one of 'none', 'constant', 'gradual'; "
-            "did you mean 'gradual'?",
+            "schedule.warmup.kind: 'gradul' is not one of 'none', 'constant', 'gradual'; did you mean 'gradual'?",
         ),
         ("schedule: {warmpu: {}}", "schedule.warmpu: no such key; did you mean 'warmup'?"),
         ("warmup: {kind: none}", "warmup: no such key; did you mean 'schedule.warmup'?"),
@@ -196,8 +193,7 @@ def test_loading_needs_no_torch() -> None:
         ("optimizer: {nesterov: yes}", "optimizer.nesterov: 'yes' is not true or false"),
         (
             "optimizer: {precision: bf61}",
-            "optimizer.precision: 'bf61' is not one of 'fp32', 'bf16' or a whole number; "
-            "did you mean 'bf16'?",
+            "optimizer.precision: 'bf61' is not one of 'fp32', 'bf16' or a whole number; did you mean 'bf16'?",
         ),
         ("optimizer: {sizes: [1, a]}", "optimizer.sizes.1: 'a' is not a whole number"),
         ("optimizer: {sizes: a}", "optimizer.sizes: 'a' is not a whole number or a list"),
@@ -298,19 +294,10 @@ def test_a_file_that_cannot_be_read_is_explained(folder: Path, name: str, proble
 
 # --- anything at all ------------------------------------------------------------------------------------
 
-_HYPOTHESIS = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+_HYPOTHESIS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-_words = st.text(max_size=12) | st.sampled_from(
-    ["1e-4", "yes", "null", "", ".5", "~", "<<", "0o17", "\x85", "a: b"]
-)
-_scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**20), 10**20)
-    | st.floats(allow_nan=False, allow_infinity=False)
-)
+_words = st.text(max_size=12) | st.sampled_from(["1e-4", "yes", "null", "", ".5", "~", "<<", "0o17", "\x85", "a: b"])
+_scalars = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
 _anything = st.recursive(
     _scalars | _words, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=3)
 )
@@ -430,9 +417,7 @@ def test_no_file_gives_anything_but_a_config_error(text: str | bytes) -> None:
 @_HYPOTHESIS
 @given(override=st.text() | st.text(alphabet="seed=.,:[]{}&*!?'\"\\\n 01.e~U"))
 def test_no_override_gives_anything_but_a_config_error(override: str) -> None:
-    assert all(
-        line.startswith("command line: ") and line.isprintable() for line in _lines("seed: 1", override)
-    )
+    assert all(line.startswith("command line: ") and line.isprintable() for line in _lines("seed: 1", override))
 
 
 def _lines(text: str | bytes, *overrides: str) -> list[str]:

@@ -41,7 +41,7 @@ class DecaySettings(Section):
 class ScheduleSettings(Section):
     """The small-batch recipe and the rule that scales it to kn images."""
 
-    reference_lr: float = Field(0.1, gt=0)
+    reference_lr: float = Field(0.1, gt=0, le=1e6)
     """η: the learning rate of the small-batch recipe."""
     reference_batch: int = Field(256, ge=1)
     """The minibatch for which `reference_lr` is right (the paper: 256)."""
@@ -52,7 +52,7 @@ class ScheduleSettings(Section):
     not the same."""
     warmup: WarmupSettings = WarmupSettings()
     decay: DecaySettings = DecaySettings()
-    epochs: float = Field(90.0, gt=0)
+    epochs: float = Field(90.0, gt=0, le=1e6)
     """Length of the training, in epochs; rounded to whole steps."""
 
     @model_validator(mode="after")
