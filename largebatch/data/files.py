@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ from largebatch.data.pixels import Normalise, image_draws
 from largebatch.data.settings import DataSettings
 from largebatch.data.source import Batches, Pass
 from largebatch.errors import DataError
+from largebatch.wording import reason
 
+_log = logging.getLogger(__name__)
+_SKIPPED_IN_A_ROW = 100  # more is no bad picture, but a disk that is gone
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -76,7 +80,10 @@ class DatasetPictures:
         return self._count
 
     def picture(self, index: int) -> tuple[Picture, int]:
-        picture, label = self._dataset[index]
+        try:
+            picture, label = self._dataset[index]
+        except Exception as error:
+            raise DataError(f"{self._where}, image {index}: {reason(error)}") from error
         if not 0 <= label < self.classes:
             raise DataError(
                 f"{self._where}, image {index}: label {label} is outside 0..{self.classes - 1}; "
@@ -88,32 +95,57 @@ class DatasetPictures:
             raise DataError(f"{self._where}, image {index}: {error}") from None
 
 
+class Decoded(NamedTuple):
+    """A pass as it leaves a loader process."""
+
+    images: Tensor
+    """uint8 [n, size, size, 3]"""
+    labels: Tensor
+    """int64 [n]"""
+    skipped: list[str]
+    """What was wrong with each picture that another stands in for."""
+
+
 class Decoder:
-    """What a loader process runs: a pass in, uint8 [n, size, size, 3] and int64 labels [n] out."""
+    """What a loader process runs: a pass in, its pictures out."""
 
     def __init__(self, pictures: Pictures, settings: DataSettings, seed: int, augment: bool) -> None:
         self._pictures, self._settings, self._seed = pictures, settings, seed
         self._augment = augment and settings.augmentation.kind != "none"
 
-    def __getitem__(self, requested: Pass) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, requested: Pass) -> Decoded | DataError:
         try:
             return self._decode(requested)
         except DataError as error:
             # Handed over, not raised: DataLoader would wrap the message in the process's traceback.
             return error
 
-    def _decode(self, requested: Pass) -> tuple[Tensor, Tensor]:
-        size, how = self._settings.image_size, self._settings.augmentation
+    def _decode(self, requested: Pass) -> Decoded:
+        size, skipped = self._settings.image_size, list[str]()
         images = torch.empty(len(requested.indices), size, size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requested.indices), dtype=torch.int64)
         draws = image_draws(requested.indices, CROP_DRAWS, seed=self._seed, epoch=requested.epoch).tolist()
         for row, index in enumerate(requested.indices.tolist()):
-            picture, labels[row] = self._pictures.picture(index)
-            if self._augment:
-                images[row] = training_view(picture, draws[row], size, how)
-            else:
-                images[row] = validation_view(picture, self._settings.resize_size, size)
-        return images, labels
+            images[row], labels[row] = self._good_view(index, draws[row], skipped)
+        return Decoded(images, labels, skipped)
+
+    def _good_view(self, index: int, draws: Sequence[float], skipped: list[str]) -> tuple[Tensor, int]:
+        """A picture as the model sees it, and its label; if it may be skipped, of the next good one."""
+        if self._settings.on_error == "stop":
+            return self._view(index, draws)
+        for candidate in range(index, index + _SKIPPED_IN_A_ROW):
+            try:
+                return self._view(candidate % len(self._pictures), draws)
+            except DataError as error:
+                skipped.append(str(error))
+        raise DataError(f"{skipped[-1]} ({_SKIPPED_IN_A_ROW} pictures in a row cannot be used, so none is skipped)")
+
+    def _view(self, index: int, draws: Sequence[float]) -> tuple[Tensor, int]:
+        settings = self._settings
+        picture, label = self._pictures.picture(index)
+        if self._augment:
+            return training_view(picture, draws, settings.image_size, settings.augmentation), label
+        return validation_view(picture, settings.resize_size, settings.image_size), label
 
 
 class PictureSource:
@@ -133,6 +165,8 @@ class PictureSource:
         self.shape = (3, settings.image_size, settings.image_size)
         self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
         self._normalise = Normalise(mean, std, self.shape, device)
+        self.skipped = 0
+        self._known_bad: set[str] = set()
 
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""
@@ -141,10 +175,18 @@ class PictureSource:
             while (batch := _next(batches)) is not None:
                 if isinstance(batch, DataError):
                     raise batch
-                images, labels = (part.to(self._device, non_blocking=True) for part in batch)
+                self._count(batch.skipped)
+                images, labels = (part.to(self._device, non_blocking=True) for part in (batch.images, batch.labels))
                 yield self._normalise(images), labels
         finally:
             del batches  # ends the loader processes
+
+    def _count(self, skipped: list[str]) -> None:
+        """Count the pictures that were skipped, and name each of them once."""
+        self.skipped += len(skipped)
+        for problem in sorted(set(skipped) - self._known_bad):
+            _log.warning("warning: %s; the next good picture stands in for it (data.on_error: skip)", problem)
+        self._known_bad.update(skipped)
 
     def _loader(self, passes: Iterable[Pass], augment: bool) -> DataLoader:
         processes = self._settings.loader_processes
@@ -159,7 +201,7 @@ class PictureSource:
         )
 
 
-def _next(batches: Iterator[Any]) -> tuple[Tensor, Tensor] | DataError | None:
+def _next(batches: Iterator[Any]) -> Decoded | DataError | None:
     """The next batch, None after the last, or what went wrong.
 
     Returned and not raised here: a traceback would hold on to `batches`, and that to the loader processes.

@@ -93,6 +93,10 @@ class DataSettings(Section):
     prefetch: PositiveInt = 4
     """Pictures from files: passes that each loader process keeps ready."""
 
+    on_error: Literal["stop", "skip"] = "stop"
+    """Pictures from files that cannot be read: `stop`, naming the file; or `skip`, which takes the next good
+    picture in its place (the same on any number of ranks), names each file once and counts."""
+
     train_images: PositiveInt | None = None
     """Use only this many training images, for a quick run: the first ones, or, of a folder (whose
     files are sorted by class), evenly spread ones."""

@@ -28,6 +28,8 @@ class ImageSource(Protocol):
     images: int
     classes: int
     shape: tuple[int, int, int]
+    skipped: int
+    """Pictures in whose place another was given so far, in this process (`data.on_error: skip`)."""
 
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """One (float32 [n, C, H, W], int64 [n]) for each pass, in order; `passes` may be endless.
