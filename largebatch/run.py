@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from largebatch.data.load import load
 from largebatch.data.source import ImageSource
 from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.roll_call import name_lost_ranks
-from largebatch.errors import ConfigError, DataError, UserError
+from largebatch.errors import CheckpointError, ConfigError, DataError, UserError
 from largebatch.models.build import build
 from largebatch.plan import Plan, describe, make_order, make_plan
 from largebatch.recipe.batch import deal_passes
 from largebatch.recipe.schedule import make_schedule
 from largebatch.report.environment import code_digest, describe_environment
-from largebatch.report.files import write_json_atomically, write_text_atomically
+from largebatch.report.files import write_bytes_atomically, write_json_atomically, write_text_atomically
+from largebatch.report.lock import hold_folder
 from largebatch.report.metrics import TENSORBOARD_FOLDER, open_writers
 from largebatch.report.plots import draw_curves
 from largebatch.report.progress import open_progress
@@ -55,19 +59,20 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
     before any process group exists where it can be told without the others, and HealthError.
     """
     _check_before_start(config, run_dir, resume, launch)
-    with (
-        stop_on_signals() as stop_request,
-        connect(
-            launch,
-            device=config.execution.device,
-            backend=config.execution.backend,
-            threads=config.execution.threads,
-            timeout_seconds=60 * config.execution.timeout_minutes,
-        ) as ranks,
-        name_lost_ranks(ranks),
-    ):
+    with contextlib.ExitStack() as stack:
+        stop_request = stack.enter_context(stop_on_signals(when_orphaned=launch.launcher == "torchrun"))
+        ranks = stack.enter_context(
+            connect(
+                launch,
+                device=config.execution.device,
+                backend=config.execution.backend,
+                threads=config.execution.threads,
+                timeout_seconds=60 * config.execution.timeout_minutes,
+            )
+        )
+        stack.enter_context(name_lost_ranks(ranks))
         check_alike(config, ranks)
-        finished = ranks.from_main(lambda: _open_folder(run_dir, resume))
+        finished = ranks.from_main(lambda: _open_folder(run_dir, resume, stack))
         return finished or _train_connected(config, run_dir, name, ranks, stop_request)
 
 
@@ -116,12 +121,16 @@ def _check_same_config(config: Config, run_dir: Path) -> None:
         )
 
 
-def _open_folder(run_dir: Path, resume: str) -> dict[str, Any] | None:
-    """Make the run folder, emptied of an earlier run if `resume` is "never"; the summary of a finished run."""
+def _open_folder(run_dir: Path, resume: str, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+    """Make the run folder, emptied of an earlier run if `resume` is "never"; the summary of a finished run.
+
+    No other process trains in it until `stack` is left.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
+        stack.enter_context(hold_folder(run_dir))
         if resume == "never":
             _clear(run_dir)
     except OSError as error:
@@ -171,8 +180,7 @@ def _train_connected(
     if data is not None:
         trainer.restore(deserialise(data, ranks.device))
     first_step = trainer.step + 1 if data is not None else 0
-    if ranks.is_main:
-        _write_start(config, plan, run_dir)
+    ranks.from_main(lambda: _write_start(config, plan, run_dir))
     total, done = trainer.schedule.total_steps, trainer.step
     writer = open_writers(run_dir, is_main=ranks.is_main, first_step=first_step)
     try:
@@ -182,7 +190,8 @@ def _train_connected(
                 progress.note(f"going on from step {done} of {total}")
             trainer.run(writer, progress)
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # told already, by the write that failed
+            writer.close()
     return _finish(trainer, run_dir, ranks)
 
 
@@ -190,10 +199,23 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", flush=True)
 
 
+@contextlib.contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is told to the user."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"--run-dir: {error.filename or run_dir}: {error.strerror}; make room or mend the folder, then start the "
+            "same command again"
+        ) from error
+
+
 def _write_start(config: Config, plan: Plan, run_dir: Path) -> None:
-    write_text_atomically(run_dir / "config.yaml", dump_config(config))
-    write_json_atomically(run_dir / "plan.json", plan.as_dict())
-    write_json_atomically(run_dir / "environment.json", describe_environment())
+    with _writing(run_dir):
+        write_text_atomically(run_dir / "config.yaml", dump_config(config))
+        write_json_atomically(run_dir / "plan.json", plan.as_dict())
+        write_json_atomically(run_dir / "environment.json", describe_environment())
 
 
 def build_model(config: Config, source: ImageSource, ranks: Ranks) -> nn.Module:
@@ -263,14 +285,17 @@ def _finish(trainer: Trainer, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
             for key, value in trainer.virtual.model.state_dict().items()
         }
     summary = trainer.summary()
-    if ranks.is_main:
-        temporary = run_dir / "model.tmp"
-        torch.save(weights, temporary)
-        temporary.replace(run_dir / "model.pt")
+    ranks.from_main(lambda: _write_end(weights, summary, run_dir))
+    return summary
+
+
+def _write_end(weights: dict[str, torch.Tensor], summary: dict[str, Any], run_dir: Path) -> None:
+    with _writing(run_dir):
+        buffer = io.BytesIO()  # torch's own writer has its own errors for a disk that is full
+        torch.save(weights, buffer)
+        write_bytes_atomically(run_dir / "model.pt", buffer.getvalue())
         draw_curves(run_dir)
         write_json_atomically(run_dir / "summary.json", summary)
-    ranks.barrier()
-    return summary
 
 
 def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:

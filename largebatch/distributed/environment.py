@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from largebatch.distributed.meeting import call_roll, open_store, under_agent
 from largebatch.errors import UserError
 
 T = TypeVar("T")
@@ -250,17 +251,33 @@ def connect(
 
 
 def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> None:
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store: dist.Store = dist.HashStore()
     try:
+        if launch.world_size > 1:
+            store = open_store(launch.init_method, launch.rank, launch.world_size, timeout)
+            if not under_agent():
+                _call_roll(store, launch, ranks, timeout)
+        store.set_timeout(timeout)
         dist.init_process_group(
             ranks.backend,
-            init_method=launch.init_method if launch.world_size > 1 else None,
-            store=dist.HashStore() if launch.world_size == 1 else None,
+            store=dist.PrefixStore("group", store),
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             device_id=ranks.device if ranks.backend == "nccl" else None,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the {launch.world_size} ranks ({launch.launcher}, {launch.init_method}) could not meet: {error}"
         ) from error
+
+
+def _call_roll(store: dist.Store, launch: Launch, ranks: Ranks, timeout: datetime.timedelta) -> None:
+    call_roll(
+        dist.PrefixStore("roll", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        backend=ranks.backend,
+        timeout=timeout,
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import threading
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from largebatch.distributed.environment import Ranks
 from largebatch.errors import RanksLost
 
-_PATIENCE = datetime.timedelta(seconds=5)
+_PATIENCE_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -56,26 +58,37 @@ def _say(ranks: Ranks, error: Exception) -> None:
 
 
 def _explain(ranks: Ranks, error: Exception) -> str:
-    missing, causes = [], []
-    try:
-        for rank in range(ranks.world_size):
-            if rank == ranks.rank:
-                continue
-            try:
-                _store().wait([_key(rank)], _PATIENCE)
-                cause = _store().get(_key(rank)).decode()
-                if cause:
-                    causes.append(f"rank {rank} failed: {cause}")
-            except dist.DistStoreError:
-                missing.append(rank)
-    except RuntimeError:
-        missing = [0]
+    found: list[tuple[list[int], list[str]]] = []
+    # A store whose host is stopped may not even time out.
+    asking = threading.Thread(target=lambda: found.append(_ask(ranks)), daemon=True)
+    asking.start()
+    asking.join(2 * _PATIENCE_SECONDS)
+    missing, causes = found[0] if found else ([0], [])
     lost = f"{_ranks(missing)} died or hung" if missing else ""
     reason = "; ".join(filter(None, [lost, *causes])) or "the connection between the ranks broke"
     return (
         f"{reason}. Start the same command again: the run goes on from its newest checkpoint "
         f"({str(error).splitlines()[0][:200]})"
     )
+
+
+def _ask(ranks: Ranks) -> tuple[list[int], list[str]]:
+    """The ranks that have said nothing within the patience, and what those said that failed by themselves."""
+    missing: list[int] = []
+    causes: list[str] = []
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    for rank in range(ranks.world_size):
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            _store().wait([_key(rank)], datetime.timedelta(seconds=left))
+            cause = _store().get(_key(rank)).decode()
+        except dist.DistStoreError:
+            missing.append(rank)
+        except RuntimeError:  # the store is gone, and the rank that held it
+            return [0], causes
+        else:
+            causes += [f"rank {rank} failed: {cause}"] if cause else []
+    return missing, causes
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -4,6 +4,7 @@ finite."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,14 @@ class FactReader:
             event = torch.cuda.Event()
             event.record()
         self._pending.append((step, packed, event))
-        if len(self._pending) <= self._lag:
-            return StepFacts(step=-1)
+        return self._oldest() if len(self._pending) > self._lag else StepFacts(step=-1)
+
+    def rest(self) -> Iterator[StepFacts]:
+        """The facts of the steps that are not read yet; waits for the device."""
+        while self._pending:
+            yield self._oldest()
+
+    def _oldest(self) -> StepFacts:
         step, packed, event = self._pending.popleft()
         if event is not None:
             event.synchronize()

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -114,6 +114,7 @@ class Trainer:
         self._saver = BackgroundSaver(self.checkpoints)
         self._facts = FactReader(self.ranks.device)
         self._last_save = time.monotonic()
+        self._write_error: OSError | None = None
         self._stragglers = StragglerWatch(
             self.ranks, passes=len(self.virtual.workers_by_pass), factor=self.health.straggler_factor
         )
@@ -184,6 +185,8 @@ class Trainer:
                 while self.step < total:
                     facts = self._train_step(batches)
                     evaluates, saves = evaluations.due(self.step), self._saves_after(facts)
+                    if saves:
+                        facts = self._settle(facts)
                     record: dict[str, float] = {}
                     if evaluates or logs.due(self.step):
                         record = self._read_interval(clock, batches, progress)
@@ -191,7 +194,7 @@ class Trainer:
                     if evaluates:
                         record.update(self._evaluate())
                     if record:
-                        writer.write(record)
+                        self._write(record, writer)
                         progress.update(record)
                     self._between_steps(facts, saves, progress)
                     clock.go_on()
@@ -216,14 +219,21 @@ class Trainer:
         self._interval.add(metrics)
         facts = self._facts.read(self.step, metrics["flags"], metrics["not_finite"], metrics["passes_not_finite"])
         self.step += 1
-        if facts.not_finite and self.health.on_not_finite == "stop":
-            self._stop_not_finite(facts)
+        self._check_finite(facts)
+        return facts
+
+    def _settle(self, facts: StepFacts) -> StepFacts:
+        """`facts`, and those of the steps since: what a checkpoint holds must be known to be good."""
+        for later in self._facts.rest():
+            self._check_finite(later)
+            facts = replace(later, stop=facts.stop or later.stop, failed=facts.failed or later.failed)
         return facts
 
     def _flags(self) -> Tensor:
         minutes = self.checkpointing.every_minutes
         due = minutes is not None and time.monotonic() - self._last_save > 60 * minutes
-        stop, failed = self.stop_request.asked, self._saver.error is not None
+        stop = self.stop_request.asked
+        failed = self._saver.error is not None or self._write_error is not None
         return flags_on(self.ranks.device, stop=stop, save=due and self.ranks.is_main, failed=failed)
 
     def _stream(self) -> Batches:
@@ -289,19 +299,32 @@ class Trainer:
                 f"stopped by a signal after step {self.step}, with a checkpoint; the same command goes on from there"
             )
 
-    def _check_saved(self, progress: Progress) -> None:
-        """On all ranks: raise CheckpointError, or warn, if rank 0 could not write a checkpoint."""
-        error = self.ranks.broadcast(self._saver.take_error())
-        if error is None:
-            return
-        if self.checkpointing.on_error == "stop":
-            raise CheckpointError(
-                f"a checkpoint could not be written ({error}); the ones before it are intact. Make room or mend the "
-                "folder, then start the same command again; checkpoint.on_error=continue goes on without"
-            )
-        progress.note(f"warning: a checkpoint could not be written ({error}); the ones before it are intact")
+    def _write(self, record: dict[str, float], writer: MetricsWriter) -> None:
+        try:
+            writer.write(record)
+        except OSError as error:  # as with a checkpoint: all ranks learn of it with the next step
+            self._write_error = error
 
-    def _stop_not_finite(self, facts: StepFacts) -> None:
+    def _check_saved(self, progress: Progress) -> None:
+        """On all ranks: raise CheckpointError, or warn, if rank 0 could not write a checkpoint or the metrics."""
+        errors = {"a checkpoint": self._saver.take_error(), "a record of the metrics": self._write_error}
+        self._write_error = None
+        for what, error in self.ranks.broadcast(errors).items():
+            if error is None:
+                continue
+            seen = f"{what} could not be written ({error}); the checkpoints before are intact"
+            if self.checkpointing.on_error == "stop":
+                raise CheckpointError(
+                    f"{seen}. Make room or mend the folder, then start the same command again; "
+                    "checkpoint.on_error=continue goes on without"
+                )
+            progress.note(f"warning: {seen}")
+
+    def _check_finite(self, facts: StepFacts) -> None:
+        if not facts.not_finite or self.health.on_not_finite == "skip":
+            return
+        # A device that computes wrong is the cause sooner than the recipe.
+        check_replicas(self.virtual.model, self.optimizer, self.ranks, step=self.step)
         own = [w for w, bad in zip(self.virtual.workers_by_pass, facts.passes_not_finite, strict=True) if bad]
         everyone = self.ranks.gather([worker for workers in own for worker in workers])
         found = [f"rank {rank}: virtual workers {workers}" for rank, workers in enumerate(everyone) if workers]

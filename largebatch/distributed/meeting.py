@@ -1,0 +1,69 @@
+"""Before there is a process group: do all ranks come, each once, and mean the same group?"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import rendezvous
+
+from largebatch.errors import UserError
+
+_POLL_SECONDS = 0.05
+
+
+def open_store(init_method: str, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store that `init_method` describes; unlike torch's own call, rank 0 does not wait for the others in it."""
+    host, port = None, None
+    if init_method.startswith("tcp://"):
+        address = urlsplit(init_method)
+        host, port = address.hostname, address.port
+    elif init_method == "env://" and not under_agent():
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if host is None or port is None:
+        store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=timeout))
+        return store
+    return dist.TCPStore(host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+
+
+def under_agent() -> bool:
+    """Whether torchrun's agent dealt the ranks, and keeps the store: then none can be missing or there twice."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def call_roll(store: dist.Store, *, rank: int, world_size: int, backend: str, timeout: datetime.timedelta) -> None:
+    """Return when all ranks are here. Raises UserError, on every rank that is, if they do not fit together.
+
+    torch itself would wait for its whole timeout in each of these cases, or for ever.
+    """
+    own = f"WORLD_SIZE={world_size}, backend {backend}"
+    if store.add(f"rank/{rank}", 1) > 1:
+        _object(
+            store,
+            f"two processes say that they are rank {rank} of {world_size}; give each its own RANK (torchrun and srun "
+            "do), and let no process of an earlier start, nor its rendezvous file, be there any more",
+        )
+    theirs = store.compare_set("group", "", own).decode()
+    if theirs != own:
+        _object(store, f"rank {rank} was started with {own}, another rank with {theirs}; start all of them alike")
+    deadline = time.monotonic() + timeout.total_seconds()
+    here = store.add("here", 1)
+    while here < world_size:
+        if store.check(["objection"]):
+            raise UserError(store.get("objection").decode())
+        if time.monotonic() > deadline:
+            missing = [str(other) for other in range(world_size) if not store.check([f"rank/{other}"])]
+            raise UserError(
+                f"rank {', '.join(missing)} of {world_size} did not come within {timeout.total_seconds() / 60:g} "
+                "minutes (execution.timeout_minutes); look at what that process says, and whether it reaches this host"
+            )
+        time.sleep(_POLL_SECONDS)
+        here = store.add("here", 0)
+
+
+def _object(store: dist.Store, text: str) -> None:
+    store.set("objection", text)
+    raise UserError(text)
