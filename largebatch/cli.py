@@ -166,6 +166,31 @@ def benchmark(
     run_benchmark(loaded, options, launch, folder, command=shlex.join(sys.argv[1:]))
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="Also try what this YAML config needs.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path, typer.Option(help="Where run folders will be, for its disk.")] = Path("runs"),
+    ranks: Annotated[int | None, typer.Option(help="Ranks on this machine.  [default: its GPUs]", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> int:
+    """Look over this machine: software, GPUs, network, memory, disk, loader. Exit status 1 if there is an error."""
+    loaded = _load(config, overrides) if config is not None else None
+    from largebatch.doctor.examine import examine
+
+    findings = []
+    for finding in examine(loaded, run_dir, ranks):
+        findings.append(finding)
+        if not as_json:
+            print(finding.line(), flush=True)
+    if as_json:
+        print(json.dumps([finding.as_dict() for finding in findings], indent=2, ensure_ascii=False))
+    return int(any(finding.level == "error" for finding in findings))
+
+
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the whole config, every default filled in."""

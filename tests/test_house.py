@@ -14,7 +14,7 @@ HOUSE = Path(__file__).parents[1] / "largebatch"
 # From the top down. Parts of one storey do not know each other, but for the ground floor's.
 STOREYS = [
     {"cli", "__main__"},
-    {"benchmark", "reproduce"},
+    {"benchmark", "doctor", "reproduce"},
     {"run"},
     {"plan"},
     {"config"},

@@ -1,0 +1,96 @@
+"""The whole examination: every check, with the facts of this machine and what a config asks of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from largebatch.config import Config
+from largebatch.data.load import load
+from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.distributed.facilities import available_backends
+from largebatch.doctor import machine, network, software, throughput
+from largebatch.doctor.finding import Finding
+from largebatch.doctor.machine import Demand
+from largebatch.errors import UserError
+from largebatch.run import build_model
+
+_SHM = Path("/dev/shm")
+_NETS = Path("/sys/class/net")
+
+
+def examine(config: Config | None, run_dir: Path, ranks: int | None = None) -> Iterator[Finding]:
+    """The findings, each as soon as it is known: of this machine alone, or of what `config` needs too.
+
+    `ranks` is their number on this machine: by default one for each GPU, at least one.
+    """
+    gpus = software.visible_gpus()
+    driver = software.ask_nvidia_smi()
+    here = ranks or max(1, len(gpus))
+    yield from _software(gpus, driver)
+    yield from _network()
+    if config is None:
+        yield from _machine(run_dir, Demand(ranks=here))
+        return
+    demand = Demand(ranks=here, threads=config.execution.threads)
+    try:
+        with connect(Launch(), device=config.execution.device, threads=config.execution.threads) as alone:
+            demand, loader = _try_config(config, here, alone)
+    except UserError as error:
+        loader = Finding("config", "error", str(error).replace("\n", " "), "mend that first")
+    yield from _machine(run_dir, demand)
+    yield loader
+
+
+def _software(gpus: list[str], driver: list[str]) -> Iterator[Finding]:
+    yield software.check_python()
+    yield software.check_version("torch", software.installed("torch"))
+    yield software.check_torchvision()
+    yield software.check_backends(available_backends(), len(gpus))
+    yield software.check_gpus(gpus, len(driver))
+    yield from software.check_gpu_clocks(driver)
+
+
+def _network() -> Iterator[Finding]:
+    name = socket.gethostname()
+    yield network.check_host_name(name, network.resolve(name))
+    yield network.check_interfaces(os.environ, sorted(path.name for path in _NETS.glob("*")))
+    yield network.check_rendezvous(os.environ)
+
+
+def _machine(run_dir: Path, demand: Demand) -> Iterator[Finding]:
+    root = Path("/")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield machine.check_cores(root, usable, demand)
+    yield machine.check_memory(root, demand)
+    yield machine.check_shared_memory(machine.free_bytes(_SHM), demand)
+    yield machine.check_clocks(root)
+    yield machine.check_disk(run_dir, demand)
+
+
+def _try_config(config: Config, ranks: int, alone: Ranks) -> tuple[Demand, Finding]:
+    """What the config's model and data ask of the machine, and how loader and model go together."""
+    source, _ = load(config.data, seed=config.seed, device=alone.device)
+    from_files = throughput.reads_files(config)
+    processes = config.data.loader_processes if from_files else 0
+    ready = processes * config.data.prefetch * throughput.images_per_pass(config) * _bytes(source.shape)
+    state = build_model(config, source, alone).state_dict()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    demand = Demand(
+        ranks=ranks,
+        threads=config.execution.threads,
+        loader_processes=processes,
+        shared_memory=ranks * ready,
+        checkpoints=2 * weights * (config.checkpoint.keep + 1),  # each holds the momentum too
+    )
+    loader = throughput.measure_loader(config, source)
+    model = throughput.measure_model(config, source, alone)
+    return demand, throughput.check_loader(loader, model, from_files=from_files)
+
+
+def _bytes(shape: tuple[int, int, int]) -> int:
+    """Of one image as loader processes hand it over: uint8."""
+    channels, height, width = shape
+    return channels * height * width
