@@ -58,7 +58,7 @@ def train_step(
     (the ablations of remarks 1 and 3).
     """
     set_lr(optimizer, lr)
-    finite = []
+    losses = []
     for _ in virtual.passes(step):
         images, labels = next(batches)
         with autocast():
@@ -67,11 +67,11 @@ def train_step(
         wrong = (logits.detach().argmax(dim=1) != labels).sum()
         counts = wrong.reshape(1) if flags is None else torch.cat([wrong.reshape(1).to(flags.dtype), flags])
         virtual.backward(loss, also_sum=counts, scale=lambda share: scaler.scale(share * loss_factor))
-        finite.append(loss.detach().isfinite())
+        losses.append(loss.detach())
     return {
         "loss": virtual.loss,
         "wrong": virtual.sums[0],
         "flags": virtual.sums[1:],
         "not_finite": update_if_finite(optimizer, scaler, virtual.loss),
-        "passes_not_finite": ~torch.stack(finite),
+        "passes_not_finite": ~torch.stack(losses).isfinite(),
     }
