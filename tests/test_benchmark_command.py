@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from ranks import run_ranks
 
 from largebatch.benchmark.command import benchmark
+from largebatch.benchmark.harness import Harness
 from largebatch.benchmark.options import Options
 from largebatch.benchmark.tune import Candidate, _combine, candidates, check_tune, tune_notes
 from largebatch.config import Config
-from largebatch.distributed.environment import Launch
+from largebatch.data.load import load
+from largebatch.distributed.environment import Launch, connect
 from largebatch.errors import UserError
 
 TINY = {
@@ -221,6 +224,23 @@ def test_wrong_options_are_told_in_one_line(tmp_path: Path, arguments: tuple[str
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_real_pictures_come_through_the_loader(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("val", 1)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                picture = Image.effect_noise((12, 10), 50 + number).convert("RGB")
+                picture.save(tmp_path / part / name / f"{number}.png")
+    data = {"name": "imagefolder", "root": str(tmp_path), "image_size": 8, "resize_size": 8, "loader_processes": 1}
+    config = Config.model_validate({**TINY, "data": data, "batch": {"virtual_workers": 1, "images_per_worker": 4}})
+    with connect(Launch(), device="cpu") as ranks:
+        harness = Harness(config, ranks, load(config.data, seed=0, device=ranks.device))
+        for kind in ("whole", "compute", "whole"):
+            ends = harness.window(kind, 3)
+            assert len(ends) == 3
+            assert ends == sorted(ends)
 
 
 def test_one_rank_needs_no_launcher(tmp_path: Path) -> None:

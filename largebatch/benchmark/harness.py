@@ -82,7 +82,7 @@ class Harness:
             train_images=train.images,
             val_images=validation.images,
         )
-        reset_peak(ranks.device)
+        self._held_by_others = reset_peak(ranks.device)
         self.ranks = ranks
         self.global_batch = plan.global_batch
         self._trainer = make_trainer(config, plan, ranks, sources, CheckpointFolder(Path("unused"), keep=1))
@@ -94,13 +94,14 @@ class Harness:
         self._steps = itertools.count()
         self._batch = self._make_batch(config, train)
         self.peak_memory = 0
+        """Bytes, of the steps of `warm_up`; on a CPU those of the whole process."""
 
     def warm_up(self) -> float:
         """Run a few steps of each kind; returns the seconds of one, of the slowest rank."""
         self.window("whole", 1)
         self.window("compute", 1)
         seconds = self.window("whole", _WARMUP_STEPS)[-1] / _WARMUP_STEPS
-        self.peak_memory = read_peak(self.ranks.device)
+        self.peak_memory = read_peak(self.ranks.device) - self._held_by_others
         return max(self.ranks.gather(seconds))
 
     def window(self, kind: str, steps: int) -> list[float]:

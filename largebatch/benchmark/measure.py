@@ -16,7 +16,7 @@ from largebatch.distributed.environment import Ranks
 from largebatch.distributed.subgroups import Subgroups
 
 _CLOSURE = 0.03  # how far the parts may be from the step before more rounds are run
-_MORE = 3  # and at most so many times the rounds that were asked for
+_MORE = 2  # and at most so many times the rounds that were asked for
 
 
 @dataclass
@@ -111,4 +111,5 @@ def _status(running: dict[Case, _Running], done: int, options: Options) -> str:
     times = [
         f"{found.measured.case.name}: {1000 * found.measured.windows[-1].slowest:.1f} ms" for found in running.values()
     ]
-    return f"round {done} of {options.rounds}  " + "; ".join(times)
+    more = " (more, until the parts add up to the step)" if done > options.rounds else ""
+    return f"round {done} of {options.rounds}{more}  " + "; ".join(times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start to look for a new peak, where the system lets us: else the peak is that of the whole process."""
+def reset_peak(device: torch.device) -> int:
+    """Start to look for a new peak; returns the bytes that a GPU holds already, for others.
+
+    Where the system does not let us, the peak of main memory is that of the whole process so far.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
         _CLEAR.write_text("5")  # proc(5): resets the peak resident set size
-    except OSError:
-        return
+    return 0
 
 
 def read_peak(device: torch.device) -> int:
