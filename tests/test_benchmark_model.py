@@ -187,7 +187,7 @@ def test_with_one_n_nothing_can_be_left_out() -> None:
 
 
 def test_a_result_of_one_rank_says_nothing_of_communication() -> None:
-    with pytest.raises(UserError, match="nothing was measured on several ranks"):
+    with pytest.raises(UserError, match="nothing is measured on several ranks"):
         fit([_result(None, ())])
 
 
@@ -198,6 +198,14 @@ def test_several_nodes_are_refused_when_nothing_between_nodes_is_known() -> None
     check_forecast(Options(ranks=(1, 4), predict=(64,), network=1e9), 4, 4)
     check_forecast(Options(ranks=(1, 8), predict=(64,)), world_size=8, measured_per_node=4)
     check_forecast(Options(ranks=(1, 2), predict=(4,)), world_size=4, measured_per_node=4)
+
+
+@pytest.mark.parametrize(
+    "options", [Options(ranks=(1,), predict=(8,)), Options(ranks=(1, 2), mode="strong", predict=(8,))]
+)
+def test_a_prediction_without_weak_scaling_over_several_ranks_is_refused_before_measuring(options: Options) -> None:
+    with pytest.raises(UserError, match="nothing is measured on several ranks"):
+        check_forecast(options, 8, 8)
 
 
 def test_ranks_of_one_node_are_refused_when_only_nodes_were_measured() -> None:

@@ -30,6 +30,7 @@ from largebatch.config import Config
 from largebatch.data.load import Sources, load
 from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.subgroups import Subgroups
+from largebatch.errors import UserError
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically, write_text_atomically
 
@@ -46,6 +47,10 @@ def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *
     make_rows(config, options)
     check_forecast(options, launch.world_size, launch.local_world_size)
     check_tune(options)
+    if options.tune:
+        workers_per_rank(config, options)
+    if launch.rank == 0:
+        _make_folder(run_dir)
     execution = config.execution
     with connect(
         launch,
@@ -59,6 +64,14 @@ def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *
         result = _measure_all(config, options, launch, ranks, note, command)
         if ranks.is_main:
             write(result, run_dir, note)
+
+
+def _make_folder(run_dir: Path) -> None:
+    """Before minutes of measuring."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir: {run_dir} cannot be made ({error.strerror}); choose another") from None
 
 
 def _print(text: str) -> None:
@@ -111,7 +124,6 @@ def _tune(config: Config, options: Options, groups: Subgroups, sources: Sources,
 
 def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
     """`benchmark.json`, `.csv`, `.md` and the plots; the tables also to `note`."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     tables: dict[str, Table] = {
         "Scaling": scaling_table(result["measurements"]),
         "Where the step goes": breakdown_table(result["measurements"]),

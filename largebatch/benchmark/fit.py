@@ -23,6 +23,10 @@ from largebatch.errors import UserError
 
 ALGORITHM = {"fast": "ring", "reproducible": "direct"}
 """How each reduction is modelled: gloo's all-reduce is a ring, and NCCL's over one buffer behaves as one."""
+NOTHING_MEASURED = (
+    "--predict: nothing is measured on several ranks in weak scaling, so nothing is known of communication; use --mode "
+    "weak or both, and --ranks with at least one N above 1"
+)
 Result = Mapping[str, Any]
 
 
@@ -65,10 +69,7 @@ def fit(results: Sequence[Result]) -> Fit:
     """Fit weak scaling. Raises UserError if none was measured with several ranks."""
     points = [Point(r, m) for r in results for m in r["measurements"] if m["mode"] == "weak" and m["world_size"] > 1]
     if not points:
-        raise UserError(
-            "--predict: nothing was measured on several ranks in weak scaling, so nothing is known of communication; "
-            "use --mode weak or both, and --ranks with at least one N above 1"
-        )
+        raise UserError(NOTHING_MEASURED)
     reductions = {result["config"]["execution"]["reduction"] for result in results}
     assert len(reductions) == 1, "one fit is of one reduction"
     reduction = reductions.pop()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from largebatch.benchmark.fit import Fit, Result, fit, rate_of
+from largebatch.benchmark.fit import NOTHING_MEASURED, Fit, Result, fit, rate_of
 from largebatch.benchmark.options import Options
 from largebatch.benchmark.performance import ALGORITHMS, Layout, Parameters, predict
 from largebatch.errors import UserError
@@ -17,6 +17,8 @@ ASSUMED_LATENCY = 25e-6  # seconds of a message over Ethernet, with the software
 
 def check_forecast(options: Options, world_size: int, measured_per_node: int) -> None:
     """Raise UserError for what cannot be predicted from this launch. Cheap, so it comes before measuring."""
+    if options.predict and (options.mode == "strong" or options.ranks[-1] == 1):
+        raise UserError(NOTHING_MEASURED)
     per_node = options.ranks_per_node or measured_per_node
     for count in options.predict:
         if count > per_node and options.network is None and options.ranks[-1] <= measured_per_node:
