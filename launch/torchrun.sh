@@ -43,4 +43,8 @@ fi
 
 # What torchrun would choose itself for several ranks, less its warning; the config sets the threads anyway.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# All ranks are here, so gloo need not listen to the network.
+if [ -e /sys/class/net/lo ]; then
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+fi
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$RANKS" -m largebatch "$@"

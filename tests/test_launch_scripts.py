@@ -74,6 +74,11 @@ class TestTorchrun:
             " train a b.yaml schedule.epochs=2\n"
         )
 
+    def test_gloo_does_not_listen_to_the_network_unless_told_to(self, programs: Path) -> None:
+        add_program(programs, "recorder", '[ "$1" = -c ] || echo "$GLOO_SOCKET_IFNAME"')
+        assert self.run(programs, "train", "x", RANKS="2").stdout == "lo\n"
+        assert self.run(programs, "train", "x", RANKS="2", GLOO_SOCKET_IFNAME="eth1").stdout == "eth1\n"
+
     def test_one_rank_per_gpu(self, programs: Path) -> None:
         gpus = r"printf 'GPU 0: H (UUID: GPU-1)\nGPU 1: H (UUID: GPU-2)\n'"
         add_program(programs, "nvidia-smi", gpus)

@@ -1,0 +1,117 @@
+"""One training on three hosts of this machine, on which all goes wrong, one after another; then its weights are
+compared with those of one process that nothing happened to.
+
+    python tests/parts/elastic_story.py results/survive/elastic.json
+
+Takes about five minutes on two cores. Needs root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from elastic import start_agent
+from hosts import Hosts, running_hosts, wait_until
+from run_folders import DIGITS, saved_steps, tensor_hashes
+
+TRAINING = [
+    "schedule.epochs=120",
+    "schedule.decay.kind=none",
+    "schedule.warmup.kind=none",
+    "evaluation.every_epochs=120",
+    "checkpoint.every_steps=20",
+    "execution.timeout_minutes=0.25",
+]
+
+
+class Story:
+    """The hosts, their agents, and what has happened so far."""
+
+    def __init__(self, folder: Path, hosts: Hosts) -> None:
+        self.run = folder / "run"
+        self.log = folder / "log"
+        self.log.touch()
+        self.hosts = hosts
+        self.agents: dict[str, subprocess.Popen] = {}
+        self.events: list[dict[str, object]] = []
+
+    def start(self, host: str) -> None:
+        self.agents[host] = start_agent(self.hosts, host, self.log, "train", DIGITS, "--run-dir", self.run, *TRAINING)
+
+    def kill_agent(self, host: str) -> None:
+        """SIGKILL to torchrun alone: its rank is left without it."""
+        nsenter = self.agents[host].pid
+        agent = Path(f"/proc/{nsenter}/task/{nsenter}/children").read_text().split()[0]
+        os.kill(int(agent), signal.SIGKILL)
+        self.agents[host].wait(10)
+
+    def happens(self, what: str, do: Callable[[], None], ranks: int) -> None:
+        """Do it, and wait until the training goes on with so many ranks and has saved again."""
+        before, starts, begun = max(saved_steps(self.run), default=0), self.starts(), time.monotonic()
+        do()
+        wait_until(lambda: self.starts()[len(starts) :][-1:] == [ranks], f"{what}: {ranks} ranks", 180)
+        seconds = time.monotonic() - begun
+        wait_until(lambda: max(saved_steps(self.run), default=0) > before + 40, f"{what}: training", 180)
+        self.events.append(
+            {"event": what, "step": before, "ranks_after": ranks, "seconds_until_training_goes_on": round(seconds, 1)}
+        )
+        print(self.events[-1], flush=True)
+
+    def starts(self) -> list[int]:
+        """The number of ranks of every start so far."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [int(line.split()[2].rstrip(",")) for line in lines if line.startswith("ranks N ")]
+
+
+def tell(story: Story) -> None:
+    """All that happens, to the end of the training."""
+    story.happens("three hosts start", lambda: [story.start(f"node{n}") for n in (1, 2, 3)] and None, 3)
+    story.happens("the agent of node3 is killed", lambda: story.kill_agent("node3"), 2)
+    story.happens("node3 returns", lambda: story.start("node3"), 3)
+    story.happens("the cable of node2 is pulled", lambda: story.hosts.cable("node2", "down"), 2)
+    story.agents["node2"].terminate()
+    story.hosts.cable("node2", "up")
+    story.happens("node2 returns", lambda: story.start("node2"), 3)
+    story.happens("node3 loses power", lambda: story.hosts.power_off("node3"), 2)
+    wait_until((story.run / "summary.json").exists, "the end of the training", 300)
+    statuses = [story.agents[host].wait(60) for host in ("node1", "node2")]
+    story.events.append({"event": "the training ends", "status_of_the_agents": statuses})
+
+
+def main(output: Path) -> int:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with running_hosts(folder / "hosts", 3) as hosts:
+            story = Story(folder, hosts)
+            try:
+                tell(story)
+            except BaseException:
+                print(story.log.read_text(errors="replace")[-20000:])
+                raise
+        alone = [sys.executable, "-m", "largebatch", "train", DIGITS, "--run-dir", str(folder / "alone"), *TRAINING]
+        subprocess.run(alone, check=True, timeout=600, stdout=subprocess.DEVNULL)
+        same = tensor_hashes(story.run) == tensor_hashes(folder / "alone")
+    result = {
+        "command": "python tests/parts/elastic_story.py",
+        "torch": torch.__version__,
+        "config": ["configs/digits.yaml", *TRAINING],
+        "events": story.events,
+        "weights_bit_identical_to_one_undisturbed_process": same,
+    }
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
