@@ -261,7 +261,7 @@ class TestCommand:
     def test_a_config_whose_data_is_missing_is_an_error(self, tmp_path: Path) -> None:
         done = call("doctor", DIGITS, "data.name=mnist", f"data.root={tmp_path}/none", "--run-dir", tmp_path)
         assert done.status == 1
-        assert "error    config" in done.out
+        assert "error    loader" in done.out
         assert "disk" in done.out
         assert "Traceback" not in done.out + done.err
 

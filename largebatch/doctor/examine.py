@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from largebatch.config import Config
@@ -34,12 +35,14 @@ def examine(config: Config | None, run_dir: Path, ranks: int | None = None) -> I
     if config is None:
         yield from _machine(run_dir, Demand(ranks=here))
         return
-    demand = Demand(ranks=here, threads=config.execution.threads)
+    demand = _demand(config, here)
     try:
         with connect(Launch(), device=config.execution.device, threads=config.execution.threads) as alone:
-            demand, loader = _try_config(config, here, alone)
+            checkpoints, loader = _try_config(config, alone)
+            demand = replace(demand, checkpoints=checkpoints)
     except UserError as error:
-        loader = Finding("config", "error", str(error).replace("\n", " "), "mend that first")
+        problem, _, remedy = str(error).replace("\n", " ").rpartition("; ")
+        loader = Finding("loader", "error", problem or remedy, remedy)
     yield from _machine(run_dir, demand)
     yield loader
 
@@ -70,27 +73,26 @@ def _machine(run_dir: Path, demand: Demand) -> Iterator[Finding]:
     yield machine.check_disk(run_dir, demand)
 
 
-def _try_config(config: Config, ranks: int, alone: Ranks) -> tuple[Demand, Finding]:
-    """What the config's model and data ask of the machine, and how loader and model go together."""
-    source, _ = load(config.data, seed=config.seed, device=alone.device)
-    from_files = throughput.reads_files(config)
-    processes = config.data.loader_processes if from_files else 0
-    ready = processes * config.data.prefetch * throughput.images_per_pass(config) * _bytes(source.shape)
-    state = build_model(config, source, alone).state_dict()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    demand = Demand(
+def _demand(config: Config, ranks: int) -> Demand:
+    """What can be told without the data; checkpoints cannot."""
+    if not throughput.reads_files(config):
+        return Demand(ranks=ranks, threads=config.execution.threads)
+    data = config.data
+    image = 3 * data.image_size**2  # bytes, as a loader process hands it over: uint8
+    return Demand(
         ranks=ranks,
         threads=config.execution.threads,
-        loader_processes=processes,
-        shared_memory=ranks * ready,
-        checkpoints=2 * weights * (config.checkpoint.keep + 1),  # each holds the momentum too
+        loader_processes=data.loader_processes,
+        shared_memory=ranks * data.loader_processes * data.prefetch * throughput.images_per_pass(config) * image,
     )
+
+
+def _try_config(config: Config, alone: Ranks) -> tuple[int, Finding]:
+    """Bytes of the checkpoints that will be on disk at once; and how the loader and the model go together."""
+    source, _ = load(config.data, seed=config.seed, device=alone.device)
+    state = build_model(config, source, alone).state_dict()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    checkpoints = 2 * weights * (config.checkpoint.keep + 1)  # each holds the momentum too
     loader = throughput.measure_loader(config, source)
     model = throughput.measure_model(config, source, alone)
-    return demand, throughput.check_loader(loader, model, from_files=from_files)
-
-
-def _bytes(shape: tuple[int, int, int]) -> int:
-    """Of one image as loader processes hand it over: uint8."""
-    channels, height, width = shape
-    return channels * height * width
+    return checkpoints, throughput.check_loader(loader, model, from_files=throughput.reads_files(config))
