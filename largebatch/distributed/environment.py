@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from largebatch.distributed.meeting import call_roll, open_store, under_agent
+from largebatch.distributed.meeting import call_roll, name_attempt, open_store, under_agent
 from largebatch.errors import UserError
 
 T = TypeVar("T")
@@ -256,12 +256,11 @@ def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> None:
     try:
         if launch.world_size > 1:
             store = open_store(launch.init_method, launch.rank, launch.world_size, timeout)
-            if not under_agent():
-                _call_roll(store, launch, ranks, timeout)
+            store = dist.PrefixStore(_call_roll(store, launch, ranks, timeout), store)
         store.set_timeout(timeout)
         dist.init_process_group(
             ranks.backend,
-            store=dist.PrefixStore("group", store),
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
@@ -273,11 +272,10 @@ def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> None:
         ) from error
 
 
-def _call_roll(store: dist.Store, launch: Launch, ranks: Ranks, timeout: datetime.timedelta) -> None:
-    call_roll(
-        dist.PrefixStore("roll", store),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        backend=ranks.backend,
-        timeout=timeout,
-    )
+def _call_roll(store: dist.Store, launch: Launch, ranks: Ranks, timeout: datetime.timedelta) -> str:
+    """Wait until all ranks are here; a prefix for what they leave in `store`."""
+    rank, world_size = launch.rank, launch.world_size
+    if under_agent():
+        return name_attempt(store, rank=rank, world_size=world_size, timeout=timeout)
+    call_roll(store, rank=rank, world_size=world_size, backend=ranks.backend, timeout=timeout)
+    return "group"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
+import uuid
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -62,6 +63,32 @@ def call_roll(store: dist.Store, *, rank: int, world_size: int, backend: str, ti
             )
         time.sleep(_POLL_SECONDS)
         here = store.add("here", 0)
+
+
+def name_attempt(store: dist.Store, *, rank: int, world_size: int, timeout: datetime.timedelta) -> str:
+    """A name that only the ranks of this very start share. Raises UserError or RuntimeError if they do not come.
+
+    After a restart, torchrun's store still holds what the ranks before left there: gloo would connect to their
+    addresses.
+    """
+    if rank == 0:
+        name = f"{world_size}-{uuid.uuid4().hex}"
+        store.set("attempt", name)
+        store.wait([f"{name}/{other}" for other in range(1, world_size)], timeout)
+        store.set(f"{name}/go", "")
+        return name
+    deadline = time.monotonic() + timeout.total_seconds()
+    seen, is_new = "", False
+    while time.monotonic() < deadline:
+        name = store.get("attempt").decode() if store.check(["attempt"]) else seen
+        if name != seen:
+            # An earlier start's had another size, or this rank of it has answered before.
+            is_new = name.startswith(f"{world_size}-") and store.add(f"{name}/{rank}", 1) == 1
+            seen = name
+        if is_new and store.check([f"{name}/go"]):
+            return name
+        time.sleep(_POLL_SECONDS)
+    raise UserError(f"not all of the {world_size} ranks came within {timeout.total_seconds() / 60:g} minutes")
 
 
 def _object(store: dist.Store, text: str) -> None:
