@@ -41,6 +41,7 @@ from largebatch.training.optimizer import make_optimizer, set_lr
 from largebatch.training.precision import make_autocast
 
 LR = 1e-4
+ENVIRONMENT = ("platform", "python", "packages", "cpu", "memory", "threads", "git")
 
 
 class Plain:
@@ -177,7 +178,8 @@ def main() -> None:
                     )
         if ranks.is_main and arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            result = {"environment": describe_environment(), "config": config.model_dump(mode="json"), "found": found}
+            environment = {name: value for name, value in describe_environment().items() if name in ENVIRONMENT}
+            result = {"environment": environment, "config": config.model_dump(mode="json"), "found": found}
             arguments.json.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

@@ -25,6 +25,7 @@ from largebatch.benchmark.performance import Layout, predict
 
 ROOT = Path(__file__).parents[1]
 SEEN_RATES, SEEN_HOSTS = ("100mbit", "400mbit"), (2, 3)
+ENVIRONMENT = ("platform", "python", "packages", "cpu", "memory", "threads", "git")
 UNSEEN_RATE, UNSEEN_HOSTS = "200mbit", 4
 
 
@@ -100,7 +101,7 @@ def check(arguments: argparse.Namespace, reduction: str) -> dict[str, Any]:
             }
             for rate, result in zip(SEEN_RATES, seen, strict=True)
         ],
-        "environment": unseen["environment"],
+        "environment": {name: unseen["environment"][name] for name in ENVIRONMENT},
         "config": unseen["config"],
     }
 

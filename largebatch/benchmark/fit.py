@@ -106,16 +106,15 @@ def _covers(rows: list[tuple[Result, Any]], point: Point) -> bool:
 def _fit(points: list[Point], rows: list[tuple[Result, Any]], algorithm: str) -> Fit:
     reference = max(points, key=lambda point: point.measurement["world_size"])
     measured = reference.measurement
-    steps = [seconds for by_rank in measured["compute_steps_by_rank"] for seconds in by_rank]
+    compute, jitter = _fit_compute([p.measurement for p in points if p.layout == reference.layout])
     parameters = Parameters(
-        compute=statistics.fmean(steps),
-        jitter=statistics.stdev(steps),
-        other=max(0.0, measured["other"]),
-        data_wait=max(0.0, measured["data_wait"]),
+        compute=compute,
+        jitter=jitter,
+        # Neither depends on N, and each is a small difference of large times: all points together.
+        other=max(0.0, statistics.median(p.measurement["other"] for p in points)),
+        data_wait=max(0.0, statistics.median(p.measurement["data_wait"] for p in points)),
         **fit_communication(_of_like_size(rows, measured["buckets"]), algorithm),
     )
-    # What is left of the steps without exchange: their slowest rank, as it was measured.
-    parameters = _matched_to_windows(parameters, measured)
     sent = [Message(b["size"], b["ready"] / measured["replay_seconds"]) for b in measured["buckets"]]
     contention = _fit_contention(parameters, sent, points, algorithm)
     return Fit(replace(parameters, contention=contention), sent, algorithm, reference, errors={})
@@ -136,10 +135,14 @@ def _of_like_size(rows: list[tuple[Result, Any]], buckets: Sequence[Mapping[str,
     return [(r, a) for r, a in rows if a["size"] in used | {min(sizes)}]
 
 
-def _matched_to_windows(parameters: Parameters, measured: Mapping[str, Any]) -> Parameters:
-    """Keep the jitter in proportion, but use the windows' median for the mean: it resists single slow steps."""
-    median = statistics.fmean(measured["compute_by_rank"])
-    return replace(parameters, compute=median, jitter=parameters.jitter * median / parameters.compute)
+def _fit_compute(measured: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean and standard deviation of a rank's own compute.
+
+    The mean is that of the windows' medians, which resist single slow steps; the jitter is kept in proportion.
+    """
+    steps = [seconds for m in measured for by_rank in m["compute_steps_by_rank"] for seconds in by_rank]
+    mean = statistics.fmean(seconds for m in measured for seconds in m["compute_by_rank"])
+    return mean, statistics.stdev(steps) * mean / statistics.fmean(steps)
 
 
 def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorithm: str) -> dict[str, float]:
