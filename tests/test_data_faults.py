@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_folders import call, call_on, tensor_hashes
+from run_folders import call, call_on, records, tensor_hashes
 from torch import Tensor
 
 from largebatch.data.load import load
@@ -195,10 +195,12 @@ def test_a_folder_that_is_gone_is_not_skipped(folder: Path) -> None:
 def test_skipping_gives_the_same_weights_on_two_ranks(folder: Path) -> None:
     truncate(folder / "set/train/cat/7.jpg")
     as_text(folder / "set/train/dog/2.jpg")
-    hashes = []
+    hashes, counted = [], []
     for ranks in (1, 2):
         run = folder / f"run-{ranks}"
         outcomes = call_on(ranks, "train", folder / "config.yaml", "--run-dir", run, "data.on_error=skip")
         assert [outcome.status for outcome in outcomes] == [0] * ranks, outcomes
         hashes.append(tensor_hashes(run))
+        counted.append([record.get("skipped_images", 0) for record in records(run)][-1])
     assert hashes[0] == hashes[1]
+    assert counted[0] == counted[1] > 0

@@ -272,6 +272,9 @@ class Trainer:
         }
         if skipped:
             record["skipped_steps"] = skipped
+        skipped_images = sum(self.ranks.gather(self.train.skipped))
+        if skipped_images:
+            record["skipped_images"] = skipped_images  # since this process started
         return record
 
     def _saves_after(self, facts: StepFacts) -> bool:
