@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,9 @@ from largebatch.distributed.environment import Ranks
 from largebatch.errors import RanksLost
 
 _PATIENCE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+# The last is what DDP makes of a bucket's future that has failed.
+_MARKS = ("gloo", "nccl", "connection", "timed out", "pair closure", "unable to cast")
 
 
 @contextlib.contextmanager
@@ -38,9 +40,9 @@ def name_lost_ranks(ranks: Ranks) -> Iterator[None]:
 
 def _is_collective_failure(error: Exception) -> bool:
     """Whether `error` came from the communication with other ranks, not from this rank's own work."""
-    text = str(error)
+    text = str(error).lower()
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(mark in text for mark in ("gloo", "NCCL", "Connection", "Timed out"))
+        isinstance(error, RuntimeError) and any(mark in text for mark in _MARKS)
     )
 
 
@@ -74,20 +76,18 @@ def _explain(ranks: Ranks, error: Exception) -> str:
 
 def _ask(ranks: Ranks) -> tuple[list[int], list[str]]:
     """The ranks that have said nothing within the patience, and what those said that failed by themselves."""
-    missing: list[int] = []
     causes: list[str] = []
+    missing = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    for rank in range(ranks.world_size):
-        try:
-            left = max(0.1, deadline - time.monotonic())
-            _store().wait([_key(rank)], datetime.timedelta(seconds=left))
-            cause = _store().get(_key(rank)).decode()
-        except dist.DistStoreError:
-            missing.append(rank)
-        except RuntimeError:  # the store is gone, and the rank that held it
-            return [0], causes
-        else:
-            causes += [f"rank {rank} failed: {cause}"] if cause else []
+    try:
+        while missing and time.monotonic() < deadline:
+            for rank in [rank for rank in missing if _store().check([_key(rank)])]:
+                missing.remove(rank)
+                cause = _store().get(_key(rank)).decode()
+                causes += [f"rank {rank} failed: {cause}"] if cause else []
+            time.sleep(_POLL_SECONDS)
+    except RuntimeError:  # the store is gone, and the rank that held it
+        missing = [0]
     return missing, causes
 
 

@@ -1,0 +1,139 @@
+"""A rank that dies, hangs, fails or never fits: the others say which and why, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from survive import Fleet, newest_step, training
+
+from largebatch.distributed.environment import RENDEZVOUS
+from largebatch.errors import DataError
+from largebatch.training.trainer import Trainer
+
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+TIMEOUT = 3.0
+BRIEF = f"execution.timeout_minutes={TIMEOUT / 60}"
+# Until they give up, ask each other, and end; the machine may be busy.
+SOON = TIMEOUT + 15.0
+
+
+def by_port() -> Callable[[int], dict[str, str]]:
+    """Variables with which rank 0 itself holds the store, as with srun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return lambda _: {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RENDEZVOUS: "env://"}
+
+
+def by_file() -> Callable[[int], dict[str, str]]:
+    return lambda _: {}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "victim", "number", "rendezvous"),
+    [
+        (2, 1, KILL, by_port),
+        (3, 0, KILL, by_file),
+        (3, 1, STOP, by_file),
+        (2, 0, STOP, by_file),
+        (2, 0, KILL, by_port),
+        (3, 0, STOP, by_port),
+    ],
+)
+def test_a_lost_rank_is_named(
+    tmp_path: Path, world_size: int, victim: int, number: signal.Signals, rendezvous: Callable[[], Any]
+) -> None:
+    others = [rank for rank in range(world_size) if rank != victim]
+    with Fleet(world_size, *training(tmp_path, BRIEF), environ=rendezvous()) as fleet:
+        fleet.until(lambda: newest_step(tmp_path) >= 3)
+        fleet.send(number, victim)
+        for outcome in fleet.outcomes(timeout=SOON, ranks=others):
+            assert outcome.status == 1
+            assert f"rank {victim} died or hung" in outcome.err
+            assert "Start the same command again" in outcome.err
+            assert "Traceback" not in outcome.err
+    assert newest_step(tmp_path) >= 3
+
+
+def _fail_at_step_5(rank: int, victim: int) -> None:
+    train_step = Trainer._train_step
+
+    def fail(self: Trainer, *inputs: Any) -> Any:
+        if self.step == 5 and rank == victim:
+            raise DataError("photos/cat.jpg: cut off; fetch it again")
+        return train_step(self, *inputs)
+
+    Trainer._train_step = fail  # type: ignore[method-assign]
+
+
+def test_an_error_of_one_rank_is_quoted_by_the_others(tmp_path: Path) -> None:
+    with Fleet(3, *training(tmp_path, BRIEF), prepare=_fail_at_step_5, prepare_args=(1,)) as fleet:
+        main, failed, last = fleet.outcomes(timeout=SOON)
+    assert failed.status == 2
+    assert failed.err.count("photos/cat.jpg: cut off") == 1
+    for other in (main, last):
+        assert other.status == 1
+        assert "rank 1 failed: DataError: photos/cat.jpg: cut off" in other.err
+        assert "died or hung" not in other.err
+
+
+# ---- starts that do not fit together
+
+
+def refused(environ: Callable[[int], dict[str, str]], *words: str, world_size: int = 2, arguments: Any = ()) -> None:
+    """All ranks end soon with status 2, and say why."""
+    started = time.monotonic()
+    with Fleet(world_size, *arguments, environ=environ) as fleet:
+        for outcome in fleet.outcomes(timeout=SOON + 15):
+            assert outcome.status == 2, fleet.story()
+            assert "Traceback" not in outcome.err
+            for word in words:
+                assert word in outcome.err
+    assert time.monotonic() - started < SOON + 15
+
+
+@pytest.mark.parametrize("rendezvous", [by_file, by_port])
+def test_world_sizes_that_disagree(tmp_path: Path, rendezvous: Callable[[], Any]) -> None:
+    base = rendezvous()
+    # A timeout that nobody would wait for: they must not need it.
+    refused(lambda r: {**base(r), "WORLD_SIZE": str(3 - r)}, "WORLD_SIZE=", arguments=training(tmp_path))
+
+
+def test_two_processes_of_one_rank(tmp_path: Path) -> None:
+    ranks = {0: "0", 1: "1", 2: "1"}
+    refused(
+        lambda r: {"RANK": ranks[r], "WORLD_SIZE": "3"},
+        "two processes say that they are rank 1 of 3",
+        world_size=3,
+        arguments=training(tmp_path),
+    )
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+    refused(lambda _: {"WORLD_SIZE": "3"}, "rank 2 of 3 did not come", arguments=training(tmp_path, BRIEF))
+
+
+def _lower_rate(rank: int) -> None:
+    """Rank 1 is started with another override."""
+    import survive
+
+    run = survive.main
+
+    def main(arguments: list[str]) -> int:
+        return run([*arguments, "schedule.reference_lr=0.05"] if rank == 1 else arguments)
+
+    survive.main = main
+
+
+def test_configs_that_differ(tmp_path: Path) -> None:
+    with Fleet(3, *training(tmp_path), prepare=_lower_rate) as fleet:
+        for outcome in fleet.outcomes(timeout=SOON + 15):
+            assert outcome.status == 2
+            assert "the config on rank 1 is not that of rank 0" in outcome.err
+    assert not (tmp_path / "metrics.jsonl").exists()
