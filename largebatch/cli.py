@@ -33,8 +33,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show a config, or the JSON Schema of all configs.", no_args_is_help=True)
 data_app = typer.Typer(help="Obtain data sets.", no_args_is_help=True)
+reproduce_app = typer.Typer(help="The paper's comparisons: run, watch and report them.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(reproduce_app, name="reproduce")
 
 
 def _folder(text: str) -> Path:
@@ -221,6 +223,63 @@ def data_fetch(
     from largebatch.data.fetch import fetch
 
     fetch(name, root)
+
+
+Experiments = Annotated[
+    list[str],
+    typer.Argument(metavar="EXPERIMENT...", help="Names in configs/reproduce, or YAML files.", show_default=False),
+]
+ScaleName = Annotated[str, typer.Option("--scale", metavar="smoke|cpu|gpu|paper", help="How large.")]
+RunsFolder = Annotated[Path, typer.Option("--out", parser=_folder, help="Where the run folders are.")]
+
+
+@reproduce_app.command("run")
+def reproduce_run(
+    experiments: Experiments,
+    scale: ScaleName = "smoke",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time.  [default: one for each GPU or core]")
+    ] = None,
+    out: RunsFolder = Path("runs/reproduce"),
+) -> int:
+    """Train what is left of the runs; the same command goes on after a kill. Exit status 1 if a run failed."""
+    from largebatch.reproduce.command import run
+
+    return run(experiments, _scale(scale), out, jobs)
+
+
+@reproduce_app.command("status")
+def reproduce_status(
+    experiments: Experiments, scale: ScaleName = "smoke", out: RunsFolder = Path("runs/reproduce")
+) -> None:
+    """Say where every row stands; may be asked at any time."""
+    from largebatch.reproduce.command import status
+
+    status(experiments, _scale(scale), out)
+
+
+@reproduce_app.command("report")
+def reproduce_report(
+    experiments: Experiments,
+    scale: ScaleName = "smoke",
+    out: RunsFolder = Path("runs/reproduce"),
+    into: Annotated[Path, typer.Option(parser=_folder, help="Where reports are written.")] = Path("results/reproduce"),
+    readme: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also renew this file's block between the markers.")
+    ] = None,
+) -> None:
+    """Write tables, pictures and the JSON that they are made of, from the runs that have ended."""
+    from largebatch.reproduce.command import report
+
+    report(experiments, _scale(scale), out, into, readme)
+
+
+def _scale(name: str) -> Any:
+    from largebatch.reproduce.settings import SCALES
+
+    if name not in SCALES:
+        raise UserError(f"--scale: {name!r} is not one of {', '.join(SCALES)}")
+    return name
 
 
 def _load(config: Path, overrides: list[str] | None) -> Any:

@@ -1,0 +1,100 @@
+"""From an experiment and a scale to its runs: one for each row and seed, each with its whole config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from largebatch.config import Config, read_config
+from largebatch.configfile.loading import digest
+from largebatch.errors import ConfigError, UserError
+from largebatch.reproduce.settings import Experiment, Row, Scale, find_experiment, read_experiment
+
+_KEY_DIGITS = 16
+# What a number of a run can depend on; a change elsewhere makes no run anew.
+_CODE_THAT_COUNTS = ("recipe", "data", "models", "distributed", "training", "run.py", "config.py")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed."""
+
+    row: str
+    seed: int
+    base: Path
+    overrides: tuple[str, ...]
+    """What `largebatch train BASE` takes to do the same."""
+    config: Config
+    ranks: int | None
+    """Processes that must execute it; None where any number may."""
+    key: str
+    """Name of its folder: a hash of config, code and ranks, so rows that are the same share one run."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs of an experiment at one scale."""
+
+    name: str
+    scale: Scale
+    experiment: Experiment
+    runs: list[Run]
+
+    def row(self, name: str) -> list[Run]:
+        """The runs of one row, by seed."""
+        return [run for run in self.runs if run.row == name]
+
+
+def make_grid(name: str, scale: Scale) -> Grid:
+    """The grid of the experiment `name` (or of the file of that path). Raises UserError."""
+    path = find_experiment(name)
+    experiment = read_experiment(path)
+    if scale not in experiment.scales:
+        raise UserError(f"{path}: has no scale {scale!r}; it has {', '.join(experiment.scales)}")
+    code = training_code_digest()
+    rows = experiment.rows_at(scale)
+    if experiment.reference not in [row.name for row in rows]:
+        raise ConfigError(f"{path}: reference: the row {experiment.reference!r} is not at scale {scale!r}")
+    seeds = range(experiment.scales[scale].seeds)
+    runs = [_make_run(path, experiment, row, scale, seed, code) for row in rows for seed in seeds]
+    return Grid(path.stem, scale, experiment, runs)
+
+
+def _make_run(path: Path, experiment: Experiment, row: Row, scale: Scale, seed: int, code: str) -> Run:
+    settings = experiment.scales[scale]
+    delta: dict[str, str] = {}
+    for layer in (settings.config, row.config, row.at.get(scale, {})):
+        delta.update(_flat(layer))
+    overrides = (*(f"{key}={value}" for key, value in delta.items()), f"seed={seed}")
+    base = path.parent / settings.base
+    try:
+        config = read_config(base, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: row {row.name!r} at scale {scale}: {error}") from None
+    identity = json.dumps([digest(config), code, row.ranks])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:_KEY_DIGITS]
+    return Run(row.name, seed, base, overrides, config, row.ranks, key)
+
+
+def _flat(delta: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The delta as (dotted key, value as JSON, which is YAML)."""
+    for key, value in delta.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
+
+
+def training_code_digest() -> str:
+    """SHA-256 of the source files that the numbers of a run depend on."""
+    package = Path(__file__).parents[1]
+    found = [package / name for name in _CODE_THAT_COUNTS]
+    files = [file for path in found for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    hashed = hashlib.sha256()
+    for file in files:
+        hashed.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return hashed.hexdigest()

@@ -1,0 +1,103 @@
+"""The pictures of a report, made of its JSON."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from largebatch.report.files import write_bytes_atomically
+
+_LABELS = {
+    "train/top1_error": "training top-1 error (%)",
+    "train/loss": "training loss (nats per image)",
+    "top1_error": "validation top-1 error (%)",
+    "train_loss": "training loss at the end (nats per image)",
+    "global_batch": "minibatch kn (images)",
+    "peak_lr": "learning rate",
+}
+_STDS = 2.0  # Figure 1 has bars of two standard deviations
+Result = Mapping[str, Any]
+
+
+def draw(result: Result, folder: Path) -> list[str]:
+    """Draw every picture of `result` into `folder`; returns the file names."""
+    names = []
+    for plot in result["plots"]:
+        figure, axes = _axes()
+        rows = [row for row in result["rows"] if not plot["rows"] or row["name"] in plot["rows"]]
+        if plot["kind"] == "curves":
+            _draw_curves(axes, rows, result)
+        else:
+            _draw_sweep(axes, rows, plot["x"], result)
+        axes.grid(alpha=0.3)
+        axes.set_title(f"{result['settings']['title']}, scale {result['scale']}")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        name = f"{result['experiment']}_{plot['name']}.png"
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        write_bytes_atomically(folder / name, picture.getvalue())
+        names.append(name)
+    return names
+
+
+def _axes() -> tuple[Any, Any]:
+    # Slow to import, and a Figure of its own leaves a user's pyplot and its backend alone.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), dpi=110, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _draw_curves(axes: Any, rows: Sequence[Result], result: Result) -> None:
+    """Mean curves, with a band of one standard deviation on each side."""
+    every = result["curve"]["every_steps"]
+    for row in rows:
+        points = [((i + 1) * (every or 1), point) for i, point in enumerate(row["curve"]) if point]
+        if not points:
+            continue
+        x = [place for place, _ in points]
+        mean = [point["mean"] for _, point in points]
+        std = [point["std"] or 0.0 for _, point in points]
+        (line,) = axes.plot(x, mean, label=f"{row['name']} (kn = {row['global_batch']})", linewidth=1.2)
+        low, high = zip(*((m - s, m + s) for m, s in zip(mean, std, strict=True)), strict=True)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xlabel("step" if every else "epoch")
+    axes.set_ylabel(_LABELS[result["curve"]["metric"]])
+
+
+def _draw_sweep(axes: Any, rows: Sequence[Result], x: str, result: Result) -> None:
+    """What was measured with bars of two standard deviations, and the paper's beside it where it has the same x."""
+    lines: dict[str, list[Result]] = {}
+    for row in rows:
+        lines.setdefault(row["line"], []).append(row)
+    for name, members in lines.items():
+        points = sorted((row[x], row["result"]) for row in members if row["result"] and row[x] is not None)
+        _draw_bars(axes, points, label=name or "here")
+    papers = sorted((row[x], row["paper"]) for row in rows if row["paper"] and row[x] is not None)
+    if papers:
+        _draw_bars(axes, papers, label="the paper", color="#9d9d9d", linestyle=":")
+    if result.get("knee") and x == "global_batch":
+        _draw_knee(axes, result["knee"])
+    axes.set_xscale("log", base=2 if x == "global_batch" else 10)
+    axes.set_xlabel(_LABELS[x])
+    axes.set_ylabel(_LABELS[result["settings"]["measure"]])
+
+
+def _draw_bars(axes: Any, points: Sequence[tuple[float, Result]], **style: Any) -> None:
+    if not points:
+        return
+    spread = [_STDS * (sample["std"] or 0.0) for _, sample in points]
+    means = [sample["mean"] for _, sample in points]
+    axes.errorbar([place for place, _ in points], means, yerr=spread, marker="o", markersize=4, capsize=3, **style)
+
+
+def _draw_knee(axes: Any, knee: Result) -> None:
+    """The gradient noise scale, and where the error was seen to rise."""
+    if knee["predicted"]:
+        axes.axvline(knee["predicted"], color="#b279a2", linestyle="--", label="gradient noise scale")
+    if knee["measured"]:
+        low, high = knee["measured"]
+        axes.axvspan(low, high, color="#e45756", alpha=0.12, label="error leaves the reference's")

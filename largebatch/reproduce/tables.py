@@ -1,0 +1,160 @@
+"""The words and tables of a report, made of its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from largebatch.reproduce.curves import describe_sign
+
+README_BEGIN, README_END = "<!-- reproduce:begin -->", "<!-- reproduce:end -->"
+_MEASURES = {
+    "top1_error": "top-1 error (%): median of the last five evaluations",
+    "train_loss": "training loss at the end",
+}
+_DIGITS = {"top1_error": 2, "train_loss": 3}
+Result = Mapping[str, Any]
+
+
+def markdown(result: Result, pictures: Sequence[str]) -> str:
+    """The whole report of an experiment; `pictures` are file names beside it."""
+    settings = result["settings"]
+    parts = [
+        f"# {settings['title']}, at scale {result['scale']}",
+        f"{settings['source']}. {settings['text']}",
+        f"What is compared: {_MEASURES[settings['measure']]}, mean ± standard deviation over seeds (their number in "
+        f"brackets), each row held against *{settings['reference']}* unless it says otherwise.",
+        results_table(result),
+        *_paragraphs(result),
+        *(f"![{name}]({name})" for name in pictures),
+        *_curve_table(result),
+        "## The rows as commands",
+        "\n".join(f"- {row['name']}: `{row['command']} seed=0`{_on_ranks(row)}" for row in result["rows"]),
+        "## How this was run",
+        _provenance(result["provenance"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def results_table(result: Result) -> str:
+    """A line for each row: what was measured, what the paper has, and how they compare."""
+    rows, digits = result["rows"], _DIGITS[result["settings"]["measure"]]
+    columns = ["row", "kn", "peak lr", "here"]
+    has = {key: any(row.get(key) for row in rows) for key in ("paper", "comparison", "early_sign", "weights")}
+    columns += ["the paper"] * has["paper"] + ["difference", "p"] * has["comparison"]
+    columns += ["training curve against the reference's"] * has["early_sign"] + ["weights"] * has["weights"]
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        cells = [row["name"], str(row["global_batch"]), _number(row["peak_lr"], "g"), measured(row, digits)]
+        cells += [mean_std(row["paper"])] * has["paper"]
+        cells += _difference(row, result) * has["comparison"]
+        cells += [describe_sign(row["early_sign"]) if row["early_sign"] else ""] * has["early_sign"]
+        cells += [_weights(row["weights"])] * has["weights"]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def measured(row: Result, digits: int = 2) -> str:
+    """Mean ± std (n) of a row, and what became of the seeds that gave no number."""
+    states = [run["state"] for run in row["runs"]]
+    others = [f"{states.count(state)} {state}" for state in sorted(set(states)) if state != "finished"]
+    number = f"{mean_std(row['result'], digits)} ({row['result']['n']})" if row["result"] else ""
+    return "; ".join(part for part in (number, *others) if part)
+
+
+def mean_std(sample: Result | None, digits: int = 2) -> str:
+    """``23.60 ± 0.12``."""
+    if sample is None:
+        return ""
+    spread = "" if sample["std"] is None else f" ± {sample['std']:.{digits}f}"
+    return f"{sample['mean']:.{digits}f}{spread}"
+
+
+def readme_block(results: Sequence[Result], folder: str) -> str:
+    """What the README shows: each result's table and verdicts, with a link to the report in `folder`."""
+    parts = []
+    for result in results:
+        name, provenance = result["experiment"], result["provenance"]
+        parts += [
+            f"**{result['settings']['title']}** ({result['settings']['source']}), scale `{result['scale']}`:",
+            results_table(result),
+            *_verdicts(result),
+            f"`{provenance['command']}` on {'; '.join(provenance['machines'])}, {_duration(provenance)}; [report]"
+            f"({folder}/{name}.md)",
+        ]
+    return "\n\n".join(parts)
+
+
+def put_into(text: str, block: str) -> str | None:
+    """`text` with `block` between its markers; None if it has no markers."""
+    before, begin, rest = text.partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    return f"{before}{begin}\n{block}\n{end}{after}" if begin and end else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _difference(row: Result, result: Result) -> list[str]:
+    found = row["comparison"]
+    if not found:
+        return ["", ""]
+    other = "" if row["against"] == result["settings"]["reference"] else f" (against {row['against']})"
+    digits = _DIGITS[result["settings"]["measure"]]
+    return [f"{found['difference']:+.{digits}f}{other}", f"{found['p']:.2g}"]
+
+
+def _weights(distances: Sequence[Result | None] | None) -> str:
+    if not distances:
+        return ""
+    known = [d for d in distances if d]
+    if all(d["identical"] for d in known) and known:
+        return f"identical to the last bit ({len(known)} of {len(distances)} seeds)"
+    return f"differ by up to {max(d['largest'] for d in known):.2g}" if known else ""
+
+
+def _paragraphs(result: Result) -> list[str]:
+    order = [result["order"]["words"]] if result["order"] else []
+    return [*_verdicts(result), *order]
+
+
+def _verdicts(result: Result) -> list[str]:
+    """Whether each row shows what the paper showed."""
+    lines = [f"- *{row['name']}* {row['verdict']['words']}" for row in result["rows"] if row["verdict"]]
+    return ["\n".join(lines)] if lines else []
+
+
+def _curve_table(result: Result) -> list[str]:
+    """The training curves as a table, where the experiment asks for it."""
+    every = result["curve"]["every_steps"]
+    if not result["curve"]["table"] or every is None:
+        return []
+    rows = [row for row in result["rows"] if row["curve"] and row["in_table"]]
+    length = max((len(row["curve"]) for row in rows), default=0)
+    lines = [["step", *(row["name"] for row in rows)], ["---"] * (len(rows) + 1)]
+    for i in range(length):
+        points = [row["curve"][i] if i < len(row["curve"]) else None for row in rows]
+        lines.append([str((i + 1) * every), *(mean_std(point, 3) for point in points)])
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return [f"`{result['curve']['metric']}`, the mean of each {every} steps:", table]
+
+
+def _on_ranks(row: Result) -> str:
+    return f", on {row['ranks']} ranks" if row["ranks"] else ""
+
+
+def _provenance(provenance: Result) -> str:
+    facts = {
+        "command": f"`{provenance['command']}`",
+        "commit": ", ".join(provenance["commits"]) or "not from a checkout",
+        "hardware": "; ".join(provenance["machines"]),
+        "versions": "; ".join(provenance["versions"]),
+        "duration": _duration(provenance),
+    }
+    return "\n".join(f"- {key}: {value}" for key, value in facts.items())
+
+
+def _duration(provenance: Result) -> str:
+    return f"{timedelta(seconds=round(provenance['seconds']))} of training, summed over runs"

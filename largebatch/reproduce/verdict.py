@@ -1,0 +1,59 @@
+"""Does a row show here what it showed in the paper? In words that numbers decide."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from largebatch.reproduce.settings import PaperValue
+from largebatch.reproduce.statistics import SIGNIFICANT, Sample, Welch, welch
+
+PAPERS_RUNS = 5
+"""Independent runs behind each of the paper's values (§5.1)."""
+_WORDS = {1: "higher", -1: "lower"}
+
+
+def paper_sample(value: PaperValue | None) -> Sample | None:
+    """The paper's value as a sample of its five runs."""
+    return None if value is None else Sample(value.error, value.std, PAPERS_RUNS)
+
+
+def verdict(ours: Welch | None, papers: Welch | None) -> dict[str, str] | None:
+    """``agrees`` (yes, no or open) and the reason in ``words``; None where either cannot be tested.
+
+    A direction counts if Welch's test gives p < 0.05. That a difference was found in the paper and not here leaves
+    the question open: it may be there, and too small for so few seeds.
+    """
+    if ours is None or papers is None:
+        return None
+    here, there = ours.direction, papers.direction
+    seen = f"{ours.difference:+.2f} here (p = {ours.p:.2g}), {papers.difference:+.2f} in the paper (p = {papers.p:.2g})"
+    if here == there:
+        said = f"{_WORDS[here]} in both" if here else "no clear difference in either"
+        return {"agrees": "yes", "words": f"agrees: {said}: {seen}"}
+    if here == 0:
+        return {"agrees": "open", "words": f"not shown here: {_WORDS[there]} in the paper only: {seen}"}
+    if there == 0:
+        return {"agrees": "no", "words": f"differs: {_WORDS[here]} here only: {seen}"}
+    return {"agrees": "no", "words": f"contradicts: {_WORDS[here]} here, {_WORDS[there]} in the paper: {seen}"}
+
+
+def compare_order(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How the pairs of rows that the paper tells apart are ordered here; None if it tells none apart."""
+    usable = [(r["sample"], r["paper_sample"]) for r in rows if r["sample"] and r["paper_sample"]]
+    same = opposite = undecided = 0
+    for (ours_a, paper_a), (ours_b, paper_b) in itertools.combinations(usable, 2):
+        papers, ours = welch(paper_a, paper_b), welch(ours_a, ours_b)
+        if papers is None or papers.direction == 0:
+            continue
+        found = 0 if ours is None else ours.direction * papers.direction
+        same, opposite, undecided = same + (found > 0), opposite + (found < 0), undecided + (found == 0)
+    pairs = same + opposite + undecided
+    if not pairs:
+        return None
+    words = (
+        f"Of {pairs} pairs of rows that the paper's numbers tell apart (p < {SIGNIFICANT}), {same} are ordered "
+        f"likewise here, {opposite} the other way round, and {undecided} cannot be told apart here."
+    )
+    return {"pairs": pairs, "same": same, "opposite": opposite, "undecided": undecided, "words": words}

@@ -1,0 +1,123 @@
+"""Means, Welch's test and the early sign, against textbook values and sums written here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import pytest
+
+from largebatch.reproduce.curves import early_sign, read_curve
+from largebatch.reproduce.settings import PaperValue
+from largebatch.reproduce.statistics import Sample, Welch, incomplete_beta, sample, two_sided_p, welch
+from largebatch.reproduce.verdict import compare_order, paper_sample, verdict
+
+
+def tail_by_integration(t: float, degrees: float) -> float:
+    """P(|T| >= t): 1 minus Simpson's integral of Student's density from -t to t."""
+    intervals = 20_000
+    width = 2 * t / intervals
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+
+    def density(x: float) -> float:
+        return scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+
+    inner = sum((4 if i % 2 else 2) * density(-t + i * width) for i in range(1, intervals))
+    return 1 - (density(-t) + density(t) + inner) * width / 3
+
+
+@pytest.mark.parametrize("degrees", [1, 1.7, 2, 4, 7.31, 30, 250])
+@pytest.mark.parametrize("t", [0.1, 0.8, 2.0, 5.0])
+def test_p_is_the_area_under_the_density(t: float, degrees: float) -> None:
+    assert two_sided_p(t, degrees) == pytest.approx(tail_by_integration(t, degrees), abs=1e-9)
+    assert two_sided_p(-t, degrees) == two_sided_p(t, degrees)
+
+
+@pytest.mark.parametrize(("t", "degrees"), [(12.706, 1), (4.303, 2), (2.776, 4), (2.228, 10), (2.042, 30)])
+def test_p_at_the_critical_values_of_the_tables(t: float, degrees: int) -> None:
+    assert two_sided_p(t, degrees) == pytest.approx(0.05, abs=5e-5)  # the tables round t
+
+
+def test_the_incomplete_beta_function_where_it_is_known() -> None:
+    assert incomplete_beta(1, 1, 0.3) == pytest.approx(0.3)
+    assert incomplete_beta(2, 3, 0.4) == pytest.approx(6 * 0.4**2 - 8 * 0.4**3 + 3 * 0.4**4)
+    assert incomplete_beta(5, 2, 0) == 0
+    assert incomplete_beta(5, 2, 1) == 1
+
+
+def test_welch_on_a_worked_example() -> None:
+    first = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]
+    second = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 30.5, 28.0]
+    found = welch(sample(first), sample(second))
+    assert found is not None
+    # t and the degrees by their definitions, with the standard library's variance.
+    a, b = (statistics.variance(values) / len(values) for values in (first, second))
+    assert found.t == pytest.approx((statistics.mean(second) - statistics.mean(first)) / math.sqrt(a + b))
+    assert found.degrees == pytest.approx((a + b) ** 2 / (a**2 / 14 + b**2 / 14))
+    assert found.p == pytest.approx(tail_by_integration(abs(found.t), found.degrees), abs=1e-9)
+    assert found.direction == 1
+
+
+def test_no_test_without_a_spread() -> None:
+    assert sample([]) is None
+    assert sample([3.0]) == Sample(3.0, None, 1)
+    assert welch(sample([1.0]), sample([2.0, 3.0])) is None
+    assert welch(sample([1.0, 1.0]), sample([1.0, 1.0])) is None
+    assert welch(None, sample([1.0, 2.0])) is None
+
+
+def result(difference: float, p: float) -> Welch:
+    return Welch(difference, 0.0, 4.0, p)
+
+
+@pytest.mark.parametrize(
+    ("ours", "papers", "agrees", "begins"),
+    [
+        (result(1, 0.01), result(2, 0.01), "yes", "agrees: higher in both"),
+        (result(-1, 0.01), result(-2, 0.01), "yes", "agrees: lower in both"),
+        (result(1, 0.5), result(-2, 0.5), "yes", "agrees: no clear difference in either"),
+        (result(1, 0.5), result(2, 0.01), "open", "not shown here: higher in the paper only"),
+        (result(-1, 0.01), result(2, 0.5), "no", "differs: lower here only"),
+        (result(-1, 0.01), result(2, 0.01), "no", "contradicts: lower here, higher in the paper"),
+    ],
+)
+def test_the_words_follow_the_numbers(ours: Welch, papers: Welch, agrees: str, begins: str) -> None:
+    found = verdict(ours, papers)
+    assert found is not None
+    assert found["agrees"] == agrees
+    assert found["words"].startswith(begins)
+    assert verdict(None, papers) is None
+
+
+def test_the_order_of_table_1_against_itself_and_backwards() -> None:
+    table = [(23.60, 0.12), (24.84, 0.37), (25.88, 0.56), (23.74, 0.09)]
+    papers = [paper_sample(PaperValue(error=error, std=std)) for error, std in table]
+    rows: list[dict[str, Any]] = [{"sample": p, "paper_sample": p} for p in papers]
+    found = compare_order(rows)
+    assert found is not None
+    assert (found["same"], found["opposite"], found["undecided"]) == (found["pairs"], 0, 0)
+    backwards = [{"sample": Sample(-p.mean, p.std, 5), "paper_sample": p} for p in papers if p]
+    turned = compare_order(backwards)
+    assert turned is not None
+    assert (turned["same"], turned["opposite"]) == (0, found["pairs"])
+
+
+def test_a_curve_is_the_mean_of_its_steps(tmp_path: Any) -> None:
+    lines = ['{"step": 1, "e": 4.0}', '{"step": 4, "e": 1.0}', '{"step": 6, "e": null}', '{"step": 9, "e": 2.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_curve(tmp_path, "e", every_steps=4, steps=9) == [(4.0 + 3 * 1.0) / 4, None, 2.0]
+    assert read_curve(tmp_path, "e", every_steps=4, steps=13)[-1] is None
+
+
+def test_the_early_sign_is_a_curve_above_noise() -> None:
+    reference = [[50.0, 20.0, 10.0, 9.0], [52.0, 21.0, 11.0, 10.0]]
+    far = [[90.0, 30.0, 20.0, 19.0], [92.0, 31.0, 21.0, 20.0]]
+    same = early_sign(reference, reference, first_epoch=1)
+    left = early_sign(far, reference, first_epoch=1)
+    assert same is not None
+    assert left is not None
+    assert (same.left, same.above) == (False, 0)
+    assert (left.left, left.above, left.epochs) == (True, 3, 3)
+    assert left.noise == pytest.approx(2 * math.sqrt(0.5 + 0.5))  # the variance of each row is 0.5 at every epoch
+    assert early_sign(far[:1], reference, first_epoch=1) is None
