@@ -1,7 +1,7 @@
 """What checkpoints cost: paired windows of training steps, one with a checkpoint begun in it and one without.
 
 python benchmarks/checkpoint_cost.py [CONFIG] [OUT.json]   (configs/benchmark/resnet20_cpu.yaml,
-                                                            results/survive/checkpoint_cost.json; about 2 minutes)
+                                                            results/survive/checkpoint_cost.json; about a minute)
 
 A checkpoint's cost is the median of the pairs' differences; at one a minute, its share of the time is that over 60 s.
 A window lasts until what it began to write is on the disk, so nothing that the writing takes is missed.
@@ -32,8 +32,8 @@ from largebatch.training.step import TimedBatches, train_step
 from largebatch.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-PAIRS = 20
-WINDOW_SECONDS = 1.5
+PAIRS = 60
+WINDOW_SECONDS = 0.4
 
 
 def passes(trainer: Trainer) -> Iterator[Pass]:
