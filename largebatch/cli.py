@@ -98,18 +98,39 @@ def evaluate(
 
 @app.command()
 def plan(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML config, unless --from.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(help="Number of ranks N to plan for.", min=1)] = 1,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", parser=_folder, help="Plan a run folder's config, and tell its useful minibatch."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of text.")] = False,
 ) -> None:
     """Say what a config means: minibatch, learning rate and why, steps, and who runs what."""
-    from largebatch.plan import describe, make_plan
+    from largebatch.plan import describe, describe_limit, make_plan
 
+    if run is not None and config is None:
+        config = run.resolve() / "config.yaml"
+    elif config is None or run is not None:
+        raise UserError("give either a CONFIG to plan, or --from RUN, a run folder that measured its noise scale")
     loaded = _load(config, overrides)
     train_images, val_images = _images_of(loaded)
-    made = make_plan(loaded, name=config.stem, world_size=ranks, train_images=train_images, val_images=val_images)
-    print(json.dumps(made.as_dict(), indent=2) if as_json else describe(made))
+    name = config.parent.name if run else config.stem
+    made = make_plan(loaded, name=name, world_size=ranks, train_images=train_images, val_images=val_images)
+    found = made.as_dict()
+    text = describe(made)
+    if run is not None:
+        from largebatch.report.noise import read_noise_scale
+
+        whole, thirds = read_noise_scale(run)
+        found["gradient_noise_scale"] = whole.images
+        text += "\n" + describe_limit(made, whole, thirds)
+    print(json.dumps(found, indent=2) if as_json else text)
 
 
 @app.command()
@@ -241,11 +262,16 @@ def reproduce_run(
         int | None, typer.Option(min=1, help="Runs at a time.  [default: one for each GPU or core]")
     ] = None,
     out: RunsFolder = Path("runs/reproduce"),
+    launcher: Annotated[
+        str, typer.Option(metavar="local|slurm", help="Run here, or submit a Slurm array of the runs.")
+    ] = "local",
 ) -> int:
     """Train what is left of the runs; the same command goes on after a kill. Exit status 1 if a run failed."""
-    from largebatch.reproduce.command import run
+    from largebatch.reproduce.command import run, submit
 
-    return run(experiments, _scale(scale), out, jobs)
+    if launcher not in ("local", "slurm"):
+        raise UserError(f"--launcher: {launcher!r} is not one of local, slurm")
+    return (run if launcher == "local" else submit)(experiments, _scale(scale), out, jobs)
 
 
 @reproduce_app.command("status")

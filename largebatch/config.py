@@ -64,6 +64,12 @@ class Config(Section):
             raise ValueError(
                 f"execution.workers_per_pass {m} does not divide batch.virtual_workers {k}; choose one that does"
             )
+        if self.logging.noise_scale_every_steps and (k == m or self.execution.reduction != "reproducible"):
+            raise ValueError(
+                "logging.noise_scale_every_steps compares the gradients of a step's passes: it needs two of them "
+                f"(here {k // m}) and execution.reduction: reproducible (here {self.execution.reduction}); set it to "
+                "0, or lower execution.workers_per_pass"
+            )
         return self
 
 

@@ -5,13 +5,16 @@ The answer to "what learning rate for this batch on these GPUs, and why".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from largebatch.config import Config
 from largebatch.recipe.batch import deal_workers
+from largebatch.recipe.efficiency import images_factor, steps_factor
 from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.schedule import Schedule, make_schedule
+from largebatch.report.noise import NoiseScale
 
 _LIMIT_OF_LINEAR_RULE = 8192  # §5.2: curves match the baseline up to 8k and leave it from 16k on
 _WORKER_OF_THE_PAPER = 32
@@ -131,6 +134,32 @@ def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[st
             f"({max(workers)} on some, {min(workers)} on others): the result is the same, but ranks with fewer wait"
         )
     return found
+
+
+def describe_limit(plan: Plan, whole: NoiseScale, thirds: Sequence[NoiseScale]) -> str:
+    """Which minibatch is still efficient by the gradient noise scale of a run planned as `plan`, and why."""
+    if whole.images is None:
+        return (
+            f"gradient noise scale  not known: over steps {whole.first_step} to {whole.last_step} the noise hides the "
+            "gradient; measure for longer, or more often"
+        )
+    limit = whole.images
+    by_thirds = ", ".join("unknown" if third.images is None else f"{third.images:.0f}" for third in thirds)
+    below = [plan.reference_batch * 2**i for i in range(40) if plan.reference_batch * 2**i <= limit]
+    advised = f"up to {below[-1]}" if below else f"none of {plan.reference_batch} or more"
+    lines = [
+        f"gradient noise scale  {limit:.0f} images over steps {whole.first_step} to {whole.last_step} "
+        f"(by thirds {by_thirds})",
+        f"still efficient kn    {advised}: at the noise scale, a gradient's noise is as large as the gradient, so that "
+        "the same progress",
+        "                      takes twice the images of the smallest minibatches, and twice the steps of the largest",
+        "kn          images needed   steps needed (McCandlish et al. 2018: 1 + kn/B and 1 + B/kn)",
+    ]
+    shown = {plan.global_batch, *(plan.reference_batch * 2**i for i in range(-1, 40))}
+    for kn in sorted(kn for kn in shown if limit / 16 <= kn <= limit * 16 or kn == plan.global_batch):
+        note = "   this run" if kn == plan.global_batch else ""
+        lines.append(f"{kn:<11g} {images_factor(kn, limit):<15.2f} {steps_factor(kn, limit):.2f}{note}")
+    return "\n".join(lines)
 
 
 def describe(plan: Plan) -> str:

@@ -251,6 +251,8 @@ def make_trainer(
         workers_per_pass=execution.workers_per_pass,
         reduction=execution.reduction,
         batchnorm_momentum=config.batchnorm.momentum,
+        batchnorm_over=config.batchnorm.over,
+        noise_images=plan.global_batch if config.logging.noise_scale_every_steps else 0,
         bucket_mb=execution.bucket_mb,
         static_graph=execution.static_graph,
         gradient_as_bucket_view=execution.gradient_as_bucket_view,

@@ -92,6 +92,8 @@ def test_the_defaults_are_the_papers() -> None:
         "epochs": 90.0,
     }
     assert defaults.optimizer.model_dump() == {
+        "kind": "sgd",
+        "trust_coefficient": 0.001,
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 1e-4,

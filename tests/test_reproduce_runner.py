@@ -30,7 +30,11 @@ rows:
 scales:
   smoke:
     base: {BASE}
-    config: {{data: {{train_images: 256, val_images: 60}}, checkpoint: {{every_steps: 3}}, schedule: {{epochs: 6}}}}
+    config:
+      data: {{train_images: 256, val_images: 60}}
+      batch: {{images_per_worker: 8}}
+      schedule: {{reference_batch: 64, epochs: 6}}
+      checkpoint: {{every_steps: 3}}
     seeds: 2
 """
 
@@ -109,8 +113,8 @@ def test_what_is_done_is_not_done_again_and_what_changed_is_told(experiment: Pat
     experiment.write_text(one_seed.replace("name: large,", "name: large, config: {optimizer: {momentum: 0.5}},"))
     changed = call("reproduce", "run", *asked)
     assert changed.status == 0
-    assert "small: large, seed 0: runs again, because optimizer.momentum: was 0.9, now 0.5" in changed.out
-    assert "small, seed 0: runs again" not in changed.out
+    assert "small: large (seed 0): to be run again, because optimizer.momentum: was 0.9, now 0.5" in changed.out
+    assert "small (seed 0)" not in changed.out
     assert "3 runs, of which 2 are there already" in changed.out
 
 
@@ -135,7 +139,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(experiment: Path, tmp_pat
     assert "1 diverged" in lines["diverges"]
 
     table = report(experiment, tmp_path / "out", tmp_path / "into")["small.md"].decode()
-    assert "| large | 64 |  | 1 failed |" in table
+    assert "| large | 64 | 0.1 | 1 failed |" in table
     assert "1 diverged" in table
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from largebatch.reproduce.curves import early_sign, read_curve
+from largebatch.reproduce.knee import find_knee
 from largebatch.reproduce.settings import PaperValue
 from largebatch.reproduce.statistics import Sample, Welch, incomplete_beta, sample, two_sided_p, welch
 from largebatch.reproduce.verdict import compare_order, paper_sample, verdict
@@ -121,3 +122,28 @@ def test_the_early_sign_is_a_curve_above_noise() -> None:
     assert (left.left, left.above, left.epochs) == (True, 3, 3)
     assert left.noise == pytest.approx(2 * math.sqrt(0.5 + 0.5))  # the variance of each row is 0.5 at every epoch
     assert early_sign(far[:1], reference, first_epoch=1) is None
+
+
+def size_row(kn: int, difference: float, p: float) -> dict[str, Any]:
+    return {
+        "name": str(kn),
+        "global_batch": kn,
+        "runs": [{"state": "finished"}],
+        "comparison": {"difference": difference, "p": p} if kn != 256 else None,
+    }
+
+
+def test_the_knee_is_where_all_larger_minibatches_are_worse() -> None:
+    rows = [size_row(kn, d, p) for kn, d, p in [(128, 2, 0.01), (256, 0, 1), (512, 1, 0.01), (1024, 0, 0.9)]]
+    rows += [size_row(2048, 1, 0.04), size_row(4096, 9, 0.001)]
+    found = find_knee(rows, "256", predicted=500.0)
+    assert found["measured"] == [1024, 2048]
+    assert found["ratio"] == pytest.approx(math.sqrt(1024 * 2048) / 500)
+    assert found["words"].startswith("The error leaves the reference's between kn = 1024 and 2048.")
+    waiting = {**size_row(8192, 0, 1), "runs": [{"state": "waiting"}], "comparison": None}
+    assert find_knee([*rows, waiting], "256", None)["measured"] == [1024, 2048]
+    diverged = {**waiting, "runs": [{"state": "diverged"}]}
+    assert find_knee([rows[1], rows[3], diverged], "256", None)["measured"] == [1024, 8192]
+    unclear = find_knee(rows[:4], "256", 500.0)
+    assert (unclear["measured"], unclear["ratio"]) == (None, None)
+    assert "not clearly above" in unclear["words"]

@@ -27,7 +27,7 @@ from run_folders import (
 
 from largebatch.cli import main
 from largebatch.distributed.environment import Launch
-from largebatch.training.checkpoint import CheckpointFolder
+from largebatch.training.checkpoint import FORMAT, CheckpointFolder
 
 EVERY_STEP = "checkpoint.every_steps=1"
 
@@ -249,7 +249,7 @@ class TestStoppedRun:
         self._change_newest(run_dir, format=99)
         outcome = call("train", DIGITS, "--run-dir", run_dir, *SMALL)
         assert outcome.status == 2
-        assert "format 1" in outcome.err
+        assert f"not of format {FORMAT}" in outcome.err
 
     def test_a_damaged_metrics_file_is_named_by_line(self, run_dir: Path) -> None:
         path = run_dir / "metrics.jsonl"

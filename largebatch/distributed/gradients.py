@@ -8,6 +8,7 @@ DDP finds the moment at which each bucket of gradients is ready; what is done wi
 import contextlib
 import inspect
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from largebatch.distributed.environment import Ranks
 from largebatch.errors import UserError
 from largebatch.recipe.tree import Node, is_node, push
 
+Look = Callable[[int, Sequence[int], list[Tensor]], None]
 _REMEDY = "every parameter must take part in the loss of every pass (freeze the others with requires_grad_(False))"
 
 
@@ -37,10 +39,15 @@ class PartialGradients:
         self._tree = tree
         self._stack: list[tuple[Node, list[Tensor]]] = []
         self._top: Node | None = None
+        self._look: Look | None = None
 
-    def begin_step(self) -> None:
-        """Forget the gradients of the step before."""
-        self._stack, self._top = [], None
+    def begin_step(self, look: Look | None = None) -> None:
+        """Forget the gradients of the step before.
+
+        With a tree, `look` is shown the gradients of every pass that nothing was added to yet (of all passes with
+        even numbers, and of some others): the leaf, positions of parameters, and their gradients.
+        """
+        self._stack, self._top, self._look = [], None, look
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -49,6 +56,8 @@ class PartialGradients:
         if self._top is None:
             self._top = (leaf, leaf + 1)
             return
+        if self._look is not None:
+            self._show(range(len(self.parameters)), self.gradients())
         sibling = self._top[1] - self._top[0] == 1 and is_node((self._top[0], leaf + 1), self._leaves)
         if sibling or not self._tree:
             # Autograd adds into p.grad in place, which is the tree's own addition of two sibling leaves.
@@ -63,6 +72,7 @@ class PartialGradients:
         `newest` holds the last subtree's gradients of `parameters` (some or all of the model's).
         """
         positions = [self._position[id(p)] for p in parameters]
+        self._show(positions, newest)
         rest, top = list(self._stack), self._top
         while rest and top is not None and is_node((rest[-1][0][0], top[1]), self._leaves):
             node, gradients = rest.pop()
@@ -84,6 +94,10 @@ class PartialGradients:
                 f"no gradient; {_REMEDY}"
             )
         return found
+
+    def _show(self, positions: Sequence[int], gradients: list[Tensor]) -> None:
+        if self._look is not None and self._top is not None and self._top[1] - self._top[0] == 1:
+            self._look(self._top[0], positions, gradients)
 
     def _take(self) -> list[Tensor]:
         taken = self.gradients()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 from largebatch.errors import UserError
 from largebatch.reproduce.curves import Curve, early_sign, over_seeds, read_curve
-from largebatch.reproduce.folders import Folders, images_of, steps_of
+from largebatch.reproduce.folders import Folders, images_of, schedule_of, steps_of
 from largebatch.reproduce.grid import Grid, Run, training_code_digest
+from largebatch.reproduce.knee import find_knee, noise_scale_of
 from largebatch.reproduce.settings import Row
 from largebatch.reproduce.statistics import Sample, sample, welch
 from largebatch.reproduce.verdict import compare_order, paper_sample, verdict
@@ -30,6 +32,10 @@ def collect(grid: Grid, folders: Folders) -> dict[str, Any]:
     for row in grid.experiment.rows_at(grid.scale):
         _compare(row, rows, grid, folders)
     order = compare_order(list(rows.values()))
+    knee = None
+    if grid.experiment.noise_scale:
+        predicted = rows[grid.experiment.reference]["noise_scale"]
+        knee = find_knee(list(rows.values()), grid.experiment.reference, predicted)
     return {
         "experiment": grid.name,
         "scale": grid.scale,
@@ -40,6 +46,7 @@ def collect(grid: Grid, folders: Folders) -> dict[str, Any]:
         "plots": [plot.model_dump(mode="json") for plot in grid.experiment.plots],
         "rows": [_plain(row) for row in rows.values()],
         "order": order,
+        "knee": knee,
         "readme": grid.experiment.readme,
         "provenance": _provenance(grid, folders),
     }
@@ -50,27 +57,24 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
     tabled = {name for plot in grid.experiment.plots if plot.kind == "curves" for name in plot.rows} or {row.name}
     runs = grid.row(row.name)
     first = runs[0]
+    finished = [folders.of(run) for run in runs if folders.standing(run).state == "finished"]
     curves = {run.seed: _curve(run, grid, folders) for run in runs if folders.standing(run).state == "finished"}
     found = [_outcome(run, grid, folders, curves) for run in runs]
     measured = sample([run["value"] for run in found if run["value"] is not None])
-    schedule = json.loads((folders.of(first) / "plan.json").read_text()) if _has_plan(first, folders) else {}
     return {
         "name": row.name,
         "line": row.line,
-        "command": " ".join(["largebatch train", str(first.base), *first.overrides[:-1]]),
+        "command": shlex.join(["largebatch", "train", str(first.base), *first.overrides[:-1]]),
         "ranks": row.ranks,
         "in_table": row.name in tabled,
         "global_batch": first.config.batch.global_batch,
-        "peak_lr": schedule.get("peak_lr"),
+        "peak_lr": schedule_of(first).peak_lr,
         "runs": found,
+        "noise_scale": noise_scale_of(finished) if grid.experiment.noise_scale else None,
         "sample": measured,
         "paper_sample": paper_sample(row.paper),
         "curves": list(curves.values()),
     }
-
-
-def _has_plan(run: Run, folders: Folders) -> bool:
-    return (folders.of(run) / "plan.json").exists()
 
 
 def _outcome(run: Run, grid: Grid, folders: Folders, curves: dict[int, Curve]) -> dict[str, Any]:

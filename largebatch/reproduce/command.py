@@ -21,6 +21,7 @@ from largebatch.reproduce.grid import Grid, Run, make_grid
 from largebatch.reproduce.local import LocalRunner, log_of, usable_cores
 from largebatch.reproduce.plots import draw
 from largebatch.reproduce.settings import Scale
+from largebatch.reproduce.slurm import submit_arrays
 from largebatch.reproduce.tables import README_BEGIN, README_END, markdown, put_into, readme_block
 
 _SECONDS_BETWEEN_LOOKS = 5.0
@@ -38,6 +39,16 @@ def run(names: Sequence[str], scale: Scale, out: Path, jobs: int | None) -> int:
         with _Display(runs, folders) as display:
             LocalRunner(folders, jobs=jobs, gpus=gpus).execute(left, display)
     return _conclude(runs, folders)
+
+
+def submit(names: Sequence[str], scale: Scale, out: Path, jobs: int | None) -> int:
+    """Submit what is left of the experiments `names` to Slurm, at most `jobs` runs at a time."""
+    folders = Folders(out, scale)
+    runs = _announce([make_grid(name, scale) for name in names], folders)
+    left = [r for r in runs if folders.standing(r).state not in (*ENDED, "running")]
+    for job in submit_arrays(left, folders, jobs):
+        print(f"submitted: {job}")
+    return 0
 
 
 def status(names: Sequence[str], scale: Scale, out: Path) -> None:

@@ -19,7 +19,7 @@ from largebatch.configfile.loading import dump_config
 from largebatch.data.catalog import facts
 from largebatch.errors import EXIT_HEALTH, DataError, UserError
 from largebatch.plan import make_order
-from largebatch.recipe.schedule import make_schedule
+from largebatch.recipe.schedule import Schedule, make_schedule
 from largebatch.report.files import write_json_atomically, write_text_atomically
 from largebatch.report.lock import hold_folder
 from largebatch.report.metrics import read_metrics
@@ -88,19 +88,20 @@ class Folders:
         return Standing(state, found.step, message)
 
     def changes(self, grid: Grid) -> list[str]:
-        """What differs from when the experiment was last run: a line for each row, with the reason."""
+        """What differs from when the experiment was last run: a line for each reason, with the runs it is of."""
         asked = self._asked(grid)
-        lines = []
+        reasons: dict[str, list[str]] = {}
         for run in grid.runs:
             before = asked.get(f"{run.row}, seed {run.seed}")
             if before is None or before["key"] == run.key:
                 continue
-            reasons = _config_changes(self.root / "runs" / before["key"], run.config)
-            lines.append(
-                f"{run.row}, seed {run.seed}: runs again, because "
-                + ("; ".join(reasons) if reasons else "the code or its number of ranks has changed since")
-            )
-        return lines
+            found = _config_changes(self.root / "runs" / before["key"], run.config)
+            reason = "; ".join(found) or "the code or its number of ranks has changed since"
+            reasons.setdefault(reason, []).append(f"{run.row} (seed {run.seed})")
+        return [
+            f"{'all runs' if len(names) == len(grid.runs) else ', '.join(names)}: to be run again, because {reason}"
+            for reason, names in reasons.items()
+        ]
 
     def remember(self, grid: Grid) -> None:
         """Keep which runs the experiment consists of now."""
@@ -134,13 +135,15 @@ def images_of(run: Run) -> int:
     return known.train_images
 
 
+def schedule_of(run: Run) -> Schedule:
+    """The schedule of a run, in steps."""
+    order = make_order(run.config, images_of(run))
+    return make_schedule(run.config.schedule, global_batch=order.global_batch, steps_per_epoch=order.steps_per_epoch)
+
+
 def steps_of(run: Run) -> int:
     """All updates of a run."""
-    order = make_order(run.config, images_of(run))
-    schedule = make_schedule(
-        run.config.schedule, global_batch=order.global_batch, steps_per_epoch=order.steps_per_epoch
-    )
-    return schedule.total_steps
+    return schedule_of(run).total_steps
 
 
 def work_of(run: Run, steps: int) -> int:

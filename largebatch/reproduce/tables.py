@@ -41,9 +41,13 @@ def results_table(result: Result) -> str:
     """A line for each row: what was measured, what the paper has, and how they compare."""
     rows, digits = result["rows"], _DIGITS[result["settings"]["measure"]]
     columns = ["row", "kn", "peak lr", "here"]
-    has = {key: any(row.get(key) for row in rows) for key in ("paper", "comparison", "early_sign", "weights")}
+    has = {
+        key: any(row.get(key) for row in rows)
+        for key in ("paper", "comparison", "early_sign", "weights", "noise_scale")
+    }
     columns += ["the paper"] * has["paper"] + ["difference", "p"] * has["comparison"]
     columns += ["training curve against the reference's"] * has["early_sign"] + ["weights"] * has["weights"]
+    columns += ["gradient noise scale"] * has["noise_scale"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         cells = [row["name"], str(row["global_batch"]), _number(row["peak_lr"], "g"), measured(row, digits)]
@@ -51,6 +55,7 @@ def results_table(result: Result) -> str:
         cells += _difference(row, result) * has["comparison"]
         cells += [describe_sign(row["early_sign"]) if row["early_sign"] else ""] * has["early_sign"]
         cells += [_weights(row["weights"])] * has["weights"]
+        cells += [_number(row["noise_scale"], ".0f")] * has["noise_scale"]
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -80,6 +85,7 @@ def readme_block(results: Sequence[Result], folder: str) -> str:
             f"**{result['settings']['title']}** ({result['settings']['source']}), scale `{result['scale']}`:",
             results_table(result),
             *_verdicts(result),
+            *([result["knee"]["words"]] if result["knee"] else []),
             f"`{provenance['command']}` on {'; '.join(provenance['machines'])}, {_duration(provenance)}; [report]"
             f"({folder}/{name}.md)",
         ]
@@ -117,7 +123,8 @@ def _weights(distances: Sequence[Result | None] | None) -> str:
 
 def _paragraphs(result: Result) -> list[str]:
     order = [result["order"]["words"]] if result["order"] else []
-    return [*_verdicts(result), *order]
+    knee = [result["knee"]["words"]] if result["knee"] else []
+    return [*_verdicts(result), *order, *knee]
 
 
 def _verdicts(result: Result) -> list[str]:

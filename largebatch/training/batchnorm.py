@@ -32,25 +32,32 @@ class BatchNormStatistics:
         per_channel = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
         self._rates = torch.tensor(per_channel * 2, dtype=torch.float64)
         self._momenta = [module.momentum for module in self._modules]
+        # Kept, because nn.Module looks a buffer up anew each time, and they are read after each pass.
+        self.buffers = [_buffer(m, kind) for kind in ("mean", "var") for m in self._modules]
+        """All running means, then all running variances (unbiased), as the modules hold them."""
+        self._counters = [m.num_batches_tracked for m in self._modules if m.num_batches_tracked is not None]
         if workers_per_pass > 1:
             for module in modules:
                 module.forward = functools.partial(_normalise_groups, module, workers_per_pass)  # type: ignore[method-assign]
         self._saved: Tensor | None = None
         self._steps: list[Tensor] = []
 
+    @property
+    def size(self) -> int:
+        """Elements of what `read` returns."""
+        return self._rates.numel()
+
     def begin_step(self) -> None:
         """Keep the running averages; until `finish_step` the buffers hold batch statistics."""
         if self._modules:
             self._saved = self.read()
-            self._steps = [m.num_batches_tracked.clone() for m in self._modules if m.num_batches_tracked is not None]
+            self._steps = [counter.clone() for counter in self._counters]
             for module in self._modules:
                 module.momentum = 1.0
 
     def read(self) -> Tensor:
-        """All running means, then all running variances (unbiased), 1-D."""
-        if not self._modules:
-            return torch.zeros(0)
-        return torch.cat([_buffer(m, "mean") for m in self._modules] + [_buffer(m, "var") for m in self._modules])
+        """A copy of `buffers` as one tensor, 1-D."""
+        return torch.cat(self.buffers) if self.buffers else torch.zeros(0)
 
     @torch.no_grad()
     def finish_step(self, batch_average: Tensor) -> None:
@@ -73,17 +80,15 @@ class BatchNormStatistics:
         self.write(statistics)
         for module, momentum in zip(self._modules, self._momenta, strict=True):
             module.momentum = momentum
-        tracked = [m.num_batches_tracked for m in self._modules if m.num_batches_tracked is not None]
-        for counter, before in zip(tracked, self._steps, strict=True):
+        for counter, before in zip(self._counters, self._steps, strict=True):
             counter.copy_(before + tracked_steps)
         self._saved = None
 
     @torch.no_grad()
     def write(self, statistics: Tensor) -> None:
         """The inverse of `read`."""
-        buffers = [_buffer(m, kind) for kind in ("mean", "var") for m in self._modules]
-        if buffers:
-            torch._foreach_copy_(buffers, list(statistics.split([b.numel() for b in buffers])))
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, list(statistics.split([b.numel() for b in self.buffers])))
 
 
 def _rate(module: _BatchNorm, momentum: float | None) -> float:

@@ -17,7 +17,7 @@ import torch
 from largebatch.errors import DataError
 from largebatch.report.files import write_json_atomically
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
 
 

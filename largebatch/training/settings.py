@@ -12,6 +12,11 @@ from largebatch.section import Section
 class OptimizerSettings(Section):
     """Momentum SGD with weight decay."""
 
+    kind: Literal["sgd", "lars"] = "sgd"
+    """sgd: the paper's; lars: each layer's update scaled by its trust ratio (You et al. 2017), but for biases and
+    BatchNorm's γ and β, which are neither scaled nor decayed. Its momentum has the learning rate inside."""
+    trust_coefficient: float = Field(0.001, gt=0)
+    """lars: the trust ratio is this times |w| / (|g| + λ|w|)."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """m: the share of the old update in the new one."""
     nesterov: bool = True
@@ -24,12 +29,24 @@ class OptimizerSettings(Section):
     """lr_outside: PyTorch's form (9), which needs no correction; lr_inside: form (10) with momentum correction;
     lr_inside_uncorrected: form (10) without, which is remark 2 done wrong."""
 
+    @model_validator(mode="after")
+    def _lars_fits(self) -> OptimizerSettings:
+        if self.kind == "lars" and (self.momentum_form != "lr_outside" or self.decay_batchnorm):
+            raise ValueError(
+                "kind lars has its own form of momentum and never decays BatchNorm; leave momentum_form and "
+                "decay_batchnorm at their defaults"
+            )
+        return self
+
 
 class BatchNormSettings(Section):
     """BatchNorm's running statistics and what evaluation uses."""
 
     momentum: float = Field(0.9, ge=0, lt=1)
     """Weight of the old running average at each step, as in the paper (PyTorch's `momentum` is 1 minus this)."""
+    over: Literal["worker", "pass"] = "worker"
+    """Whose images are normalised together. worker: those of each virtual worker, n of them (§2.3); pass: those of all
+    `execution.workers_per_pass` workers of a pass, as one process of so many images would (an ablation)."""
     statistics: Literal["running", "precise"] = "running"
     """running: the running average; precise: recomputed with the current weights before each evaluation."""
     precise_steps: int = Field(20, ge=1)
@@ -122,3 +139,6 @@ class LoggingSettings(Section):
 
     every_steps: int = Field(20, ge=1)
     """A record of the metrics each so many steps, at each evaluation and at the end."""
+    noise_scale_every_steps: int = Field(0, ge=0)
+    """Measure the gradient noise scale each so many steps, from which `plan --from RUN` tells the useful minibatch; 0
+    for never. Needs `execution.reduction: reproducible` and at least two passes a step."""

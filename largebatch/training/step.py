@@ -48,6 +48,7 @@ def train_step(
     scaler: torch.amp.GradScaler,
     loss_factor: float = 1.0,
     flags: Tensor | None = None,
+    measure_noise: bool = False,
 ) -> dict[str, Tensor]:
     """Update number `step`, with learning rate `lr`; takes this rank's passes from `batches`.
 
@@ -55,20 +56,26 @@ def train_step(
     of them were classified wrongly), ``not_finite`` (whether loss or gradients were not, and the update is left
     out), ``passes_not_finite`` (this rank's passes whose loss was not) and ``flags`` (1-D, each pass's `flags`
     summed over all of them: a way to tell the other ranks something). `loss_factor` multiplies the gradients
-    (the ablations of remarks 1 and 3).
+    (the ablations of remarks 1 and 3). With `measure_noise` also ``noise``: tr(Σ) and |G|² of the gradients, float64
+    [2] (see `largebatch.training.noise_scale`).
     """
     set_lr(optimizer, lr)
+    scaled = scaler.is_enabled() or loss_factor != 1.0
+    scale = (lambda share: scaler.scale(share * loss_factor)) if scaled else None
     losses = []
-    for _ in virtual.passes(step):
+    multiplied = loss_factor * scaler.get_scale() if measure_noise else 1.0
+    for _ in virtual.passes(step, measure_noise=measure_noise):
         images, labels = next(batches)
         with autocast():
             logits = virtual(images)
             loss = F.cross_entropy(logits, labels)
         wrong = (logits.detach().argmax(dim=1) != labels).sum()
         counts = wrong.reshape(1) if flags is None else torch.cat([wrong.reshape(1).to(flags.dtype), flags])
-        virtual.backward(loss, also_sum=counts, scale=lambda share: scaler.scale(share * loss_factor))
+        virtual.backward(loss, also_sum=counts, scale=scale)
         losses.append(loss.detach())
+    measured = {"noise": virtual.noise / multiplied**2} if virtual.noise is not None else {}
     return {
+        **measured,
         "loss": virtual.loss,
         "wrong": virtual.sums[0],
         "flags": virtual.sums[1:],

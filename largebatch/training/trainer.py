@@ -47,6 +47,8 @@ class _Interval:
     wrong: Tensor
     skipped: Tensor
     """Steps whose update was left out, because it was not finite; they count in nothing else."""
+    noise: Tensor
+    """Sums of tr(Σ) and of |G|², and the steps in which they were measured; float64 [3]."""
     steps: int = 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
@@ -54,6 +56,9 @@ class _Interval:
         self.loss += torch.where(skipped, 0.0, metrics["loss"])
         self.wrong += torch.where(skipped, 0.0, metrics["wrong"])
         self.skipped += skipped
+        if "noise" in metrics:
+            noise = torch.cat([metrics["noise"], torch.ones_like(metrics["noise"][:1])])
+            self.noise += torch.where(skipped | ~noise.isfinite().all(), 0.0, noise)
         self.steps += 1
 
 
@@ -134,6 +139,7 @@ class Trainer:
                 "loss": self._interval.loss,
                 "wrong": self._interval.wrong,
                 "skipped": self._interval.skipped,
+                "noise": self._interval.noise,
                 "steps": self._interval.steps,
             },
             recent_top1_errors=self.recent_top1_errors,
@@ -215,12 +221,17 @@ class Trainer:
             scaler=self.scaler,
             loss_factor=self.loss_factor * self.schedule.loss_scale,
             flags=self._flags(),
+            measure_noise=self._measures_noise(),
         )
         self._interval.add(metrics)
         facts = self._facts.read(self.step, metrics["flags"], metrics["not_finite"], metrics["passes_not_finite"])
         self.step += 1
         self._check_finite(facts)
         return facts
+
+    def _measures_noise(self) -> bool:
+        every = self.logging.noise_scale_every_steps
+        return every > 0 and self.step % every == 0
 
     def _settle(self, facts: StepFacts) -> StepFacts:
         """`facts`, and those of the steps since: what a checkpoint holds must be known to be good."""
@@ -269,6 +280,7 @@ class Trainer:
             "images_per_second": self.order.global_batch / timing.step,
             "data_wait": timing.data_wait,
             **compute,
+            **_noise_record(interval.noise),
         }
         if skipped:
             record["skipped_steps"] = skipped
@@ -380,7 +392,8 @@ class Trainer:
     def _new_interval(self) -> _Interval:
         device = self.ranks.device
         wrong, skipped = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
-        return _Interval(torch.zeros((), device=device), wrong, skipped)
+        noise = torch.zeros(3, dtype=torch.float64, device=device)
+        return _Interval(torch.zeros((), device=device), wrong, skipped, noise)
 
     def summary(self) -> dict[str, float | int]:
         """`summary.json` of a finished run."""
@@ -396,6 +409,19 @@ class Trainer:
             "global_batch": self.order.global_batch,
             "peak_lr": self.schedule.peak_lr,
         }
+
+
+def _noise_record(sums: Tensor) -> dict[str, float]:
+    """The gradient noise scale of an interval and its two parts; nothing if it was not measured."""
+    noise, squared_norm, steps = sums.tolist()
+    if not steps:
+        return {}
+    return {
+        # Averaged before they are divided: a single step's |G|² may come out negative.
+        "gradient_noise_scale": noise / squared_norm if squared_norm > 0 else math.nan,
+        "gradient_noise": noise / steps,
+        "gradient_squared_norm": squared_norm / steps,
+    }
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from largebatch.recipe.batch import deal_passes
 from largebatch.recipe.draws import fold
 from largebatch.recipe.tree import Node, push
 from largebatch.training.batchnorm import BatchNormStatistics
+from largebatch.training.noise_scale import NoiseProbe
 from largebatch.training.stopwatch import TimedAllReduce, make_stopwatch
 
 # Keep the seeds of dropout and the like apart from those of order and augmentation, and from each other.
@@ -58,6 +59,8 @@ class VirtualWorkers:
         workers_per_pass: int = 1,
         reduction: str = "reproducible",
         batchnorm_momentum: float | None = None,
+        batchnorm_over: str = "worker",
+        noise_images: int = 0,
         bucket_mb: float = 25.0,
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,
@@ -66,31 +69,36 @@ class VirtualWorkers:
     ) -> None:
         """Wrap `model`, which already is on ``ranks.device``.
 
-        `batchnorm_momentum` is the weight of the old running average (None: what each module says). For the
-        settings of the exchange see `ExecutionSettings`. Raises ConfigError if `virtual_workers` cannot be dealt
-        to the ranks, or with `static_graph` if a rank would run several passes.
+        `batchnorm_momentum` is the weight of the old running average (None: what each module says); with
+        `batchnorm_over` "pass", the workers of a pass are normalised together, which is an ablation.
+        `noise_images`, the images of a step, lets the gradient noise scale be measured; it needs the reduction
+        "reproducible" and two passes. For the settings of the exchange see `ExecutionSettings`.
+        Raises ConfigError if `virtual_workers` cannot be dealt to the ranks, or with `static_graph` if a rank would
+        run several passes.
         """
         blocks = deal_passes(virtual_workers, workers_per_pass, ranks.world_size)
-        if static_graph and ranks.distributed and max(map(len, blocks)) > 1:
-            raise ConfigError(
-                f"execution.static_graph: a rank has {max(map(len, blocks))} passes a step, and DDP allows one; "
-                "start more ranks, raise execution.workers_per_pass, or turn it off"
-            )
+        if static_graph and ranks.distributed:
+            _check_one_pass_each(blocks)
         self.model = model
         self.virtual_workers = virtual_workers
         self._leaves = virtual_workers // workers_per_pass
         self._block = blocks[ranks.rank]
         self._tree = reduction == "reproducible"
         self._seed = seed
-        # The device's own: torch.manual_seed seeds every kind of device, which costs 0.7 ms without a GPU.
-        cuda = ranks.device.type == "cuda"
-        if cuda and self._tree:
+        self._generator = _default_generator(ranks.device)
+        if self._tree and ranks.device.type == "cuda":
             # Kernels that add in an order of their own would undo what the tree promises.
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self._generator = torch.cuda.default_generators[ranks.device.index] if cuda else torch.default_generator
-        self.batchnorm = BatchNormStatistics(model, workers_per_pass=workers_per_pass, momentum=batchnorm_momentum)
+        self.batchnorm = BatchNormStatistics(
+            model,
+            workers_per_pass=1 if batchnorm_over == "pass" else workers_per_pass,
+            momentum=batchnorm_momentum,
+        )
         parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = PartialGradients(parameters, self._leaves, tree=self._tree)
+        self._noise_images = noise_images
+        self._probe = NoiseProbe(ranks, leaves=self._leaves, parameters=len(parameters)) if noise_images else None
+        self._measures_noise = False
         self.own_compute = make_stopwatch(ranks.device)
         """Runs from each pass's forward until its gradients are there, and never while other ranks are waited for."""
         self._distributed = ranks.distributed
@@ -99,14 +107,8 @@ class VirtualWorkers:
             allreduce = make_allreduce(ranks, reduction, blocks, self._leaves)
             timed = TimedAllReduce(allreduce, self.own_compute)
             self._exchange = GradientExchange(self._gradients, timed, compression)
-            self._wrapped = wrap(
-                model,
-                ranks,
-                self._exchange,
-                bucket_mb=bucket_mb,
-                static_graph=static_graph,
-                gradient_as_bucket_view=gradient_as_bucket_view,
-            )
+            options = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
+            self._wrapped = wrap(model, ranks, self._exchange, bucket_mb=bucket_mb, **options)
         self._sums: list[tuple[Node, Tensor]] = []
         self._total: Future[Tensor] | None = None
         self._leaf = -1
@@ -116,10 +118,14 @@ class VirtualWorkers:
         """Mean loss over the kn images of the newest step (on the device; reading it waits for the device)."""
         self.sums = torch.zeros(0)
         """What `backward` was given as `also_sum`, summed over all k workers of the newest step."""
+        self.noise: Tensor | None = None
+        """tr(Σ) and |G|², float64 [2], of the newest step (see `NoiseProbe`), if `passes` was told to measure."""
 
-    def passes(self, step: int) -> Iterator[range]:
+    def passes(self, step: int, *, measure_noise: bool = False) -> Iterator[range]:
         """This rank's passes of `step`, each as the range of virtual workers that run in it."""
-        self._gradients.begin_step()
+        assert not measure_noise or self._probe is not None, "noise_images says that this may be asked for"
+        self._measures_noise = measure_noise
+        self._gradients.begin_step(self._probe.look if self._probe and measure_noise else None)
         self.batchnorm.begin_step()
         self._sums, self._total = [], None
         for leaf, workers in zip(self._block, self.workers_by_pass, strict=True):
@@ -178,11 +184,9 @@ class VirtualWorkers:
         `also_sum`, 1-D, is summed over the k workers beside the gradients (counts, say). `scale` (a
         GradScaler's, say) is applied to what is differentiated, not to the loss that is reported.
         """
-        parts = [self.batchnorm.read().to(loss.device), loss.detach().reshape(1)]
-        if also_sum is not None:
-            parts.append(also_sum.detach())
-        dtype = torch.promote_types(torch.float32, loss.dtype)
-        self._add_sums(torch.cat([part.to(dtype) for part in parts]))
+        own = loss.detach().to(torch.promote_types(torch.float32, loss.dtype)).reshape(1)
+        parts = [*self.batchnorm.buffers, own] if also_sum is None else [*self.batchnorm.buffers, own, also_sum]
+        self._add_sums(torch.cat(parts))  # of the widest of their types
         if self._distributed and self._is_last_pass:
             self._total = self._exchange.allreduce.start([value for _, value in self._sums])
         # The mean over kn images is the sum over the passes of their means over the number of passes (remark 3).
@@ -220,7 +224,23 @@ class VirtualWorkers:
         else:
             self._gradients.merge_locally()
             total = self._reduce_sums()
-        size = self.batchnorm.read().numel()
+        self.noise = None
+        if self._probe is not None and self._measures_noise:
+            self.noise = self._probe.finish(self._gradients.gradients(), self._noise_images)
+        size = self.batchnorm.size
         self.batchnorm.finish_step(total[:size] / self._leaves)
         self.loss = total[size] / self._leaves
-        self.sums = total[size + 1 :]
+        self.sums = total[size + 1 :].clone()  # not the memory of the exchange, which the next step uses again
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """The device's own: torch.manual_seed seeds every kind of device, which costs 0.7 ms without a GPU."""
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
+def _check_one_pass_each(blocks: list[range]) -> None:
+    if max(map(len, blocks)) > 1:
+        raise ConfigError(
+            f"execution.static_graph: a rank has {max(map(len, blocks))} passes a step, and DDP allows one; "
+            "start more ranks, raise execution.workers_per_pass, or turn it off"
+        )
