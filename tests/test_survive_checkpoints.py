@@ -90,13 +90,13 @@ def test_what_is_written_is_the_state_of_its_step_though_training_goes_on(undist
 # ---- disks
 
 
-def _fail_from_step_8(rank: int) -> None:
-    """A disk that is full while the checkpoints of the steps 8 and 9 are written."""
+def _fail_at(rank: int, *steps: int) -> None:
+    """A disk that is full while the checkpoints of `steps` are written."""
     save = CheckpointFolder.save
 
     def full(self: CheckpointFolder, step: int, data: bytes) -> Path:
         assert rank == 0, "nobody else writes"
-        if step in (8, 9):
+        if step in steps:
             raise OSError(28, "No space left on device", str(self._path(step)))
         return save(self, step, data)
 
@@ -104,7 +104,7 @@ def _fail_from_step_8(rank: int) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_all_ranks(undisturbed: Path, tmp_path: Path) -> None:
-    with Fleet(3, *training(tmp_path), prepare=_fail_from_step_8) as fleet:
+    with Fleet(3, *training(tmp_path), prepare=_fail_at, prepare_args=(8, 9)) as fleet:
         for outcome in fleet.outcomes():
             assert outcome.status == 2
             assert "could not be written" in outcome.err
@@ -117,7 +117,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_all_ranks(undisturbed: Path, 
 
 
 def test_or_it_is_told_and_training_goes_on(undisturbed: Path, tmp_path: Path) -> None:
-    with Fleet(2, *training(tmp_path, "checkpoint.on_error=continue"), prepare=_fail_from_step_8) as fleet:
+    command = training(tmp_path, "checkpoint.on_error=continue")
+    with Fleet(2, *command, prepare=_fail_at, prepare_args=(8, 12)) as fleet:
         outcomes = fleet.outcomes()
     assert [outcome.status for outcome in outcomes] == [0, 0]
     assert outcomes[0].out.count("warning: a checkpoint could not be written") == 2

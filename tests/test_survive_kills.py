@@ -37,8 +37,8 @@ def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "world_size", "victims", "then"),
-    [(0, 2, (0,), 3), (1, 3, (2,), 1), (2, 3, (0, 1, 2), 2), (3, 2, (0, 1), 2)],
-    ids=["the_main_rank", "another_rank", "all_three", "both"],
+    [(0, 2, (0,), 3), (1, 3, (2,), 1), (2, 3, (0, 1, 2), 2)],
+    ids=["the_main_rank", "another_rank", "all_three"],
 )
 def test_killed_at_a_random_moment(
     undisturbed: Path, tmp_path: Path, moment: int, world_size: int, victims: tuple[int, ...], then: int
@@ -113,7 +113,7 @@ def torchrun(run_dir: Path, *options: str) -> subprocess.Popen[str]:
     """An agent with two ranks, and a step that takes long enough to hit it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
     slow = "checkpoint={every_steps: 1, keep: 3}"
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     program = str(ROOT / "tests/parts/slow_largebatch.py")
     return subprocess.Popen(
         [*command, program, *training(run_dir, slow)],

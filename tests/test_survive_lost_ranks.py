@@ -41,7 +41,6 @@ def by_file() -> Callable[[int], dict[str, str]]:
         (2, 1, KILL, by_port),
         (3, 0, KILL, by_file),
         (3, 1, STOP, by_file),
-        (2, 0, STOP, by_file),
         (2, 0, KILL, by_port),
         (3, 0, STOP, by_port),
     ],

@@ -46,7 +46,7 @@ class BackgroundSaver:
         try:
             self._folder.save(state.step, serialise(state))
         except OSError as error:  # disk full, folder gone or read-only: the trainer decides
-            self._error = error
+            self._error = self._error or error  # the first one, should the next fail before it is taken
 
 
 def _snapshot(state: TrainState) -> TrainState:
