@@ -34,8 +34,8 @@ from largebatch.training.optimizer import parameter_groups
 from largebatch.training.precision import make_autocast
 from largebatch.training.step import TimedBatches, train_step
 
-STEPS_PER_WINDOW = 4
-PAIRS = 25
+STEPS_PER_WINDOW = 1
+PAIRS = 120
 Window = Callable[[], None]
 
 

@@ -23,7 +23,8 @@ _VARIABLE_PREFIXES = (
     "MKL_",
     "NCCL_",
     "GLOO_",
-    "TORCHELASTIC_",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
     "PYTORCH_",
     "SLURM_JOB_",
     "SLURM_NNODES",
@@ -37,7 +38,8 @@ def describe_environment() -> dict[str, Any]:
     """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.orig_argv,
+        # The interpreter by its name: where it lies says nothing that another machine could use.
+        "command": [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
