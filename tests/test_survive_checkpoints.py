@@ -174,8 +174,8 @@ def test_a_disk_that_is_really_full(undisturbed: Path, tmp_path: Path, on_error:
             fleet.until(lambda: newest_step(run_dir) >= 3)
             filler = fill(disk)
             outcomes = fleet.outcomes()
-        # With "continue" the run goes on to its end, where there is no room for the weights either.
-        assert [outcome.status for outcome in outcomes] == [2, 2], fleet.story()
+            # With "continue" the run goes on to its end, where there is no room for the weights either.
+            assert [outcome.status for outcome in outcomes] == [2, 2], fleet.story()
         assert all("Traceback" not in outcome.err for outcome in outcomes), outcomes[0].err
         assert all("No space left on device" in outcome.err for outcome in outcomes)
         assert ("warning: a checkpoint could not be written" in outcomes[0].out) == (on_error == "continue")
@@ -205,7 +205,7 @@ def test_a_folder_that_has_become_read_only(undisturbed: Path, tmp_path: Path) -
                 assert "Read-only file system" in outcome.err
         with Fleet(2, *training(run_dir, "checkpoint.on_error=continue")) as fleet:
             outcomes = fleet.outcomes()
-        assert [outcome.status for outcome in outcomes] == [0, 0], fleet.story()
+            assert [outcome.status for outcome in outcomes] == [0, 0], fleet.story()
         assert "warning: a checkpoint could not be written" in outcomes[0].out
         assert newest_step(run_dir) == reached
     assert tensor_hashes(run_dir) == tensor_hashes(undisturbed)

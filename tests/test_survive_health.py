@@ -44,9 +44,9 @@ def _spoil_an_image(_: int, lag: int = 0) -> None:
     )
     now = {"step": -1}
 
-    def passes_of(self: VirtualWorkers, step: int) -> Any:
+    def passes_of(self: VirtualWorkers, step: int, **options: Any) -> Any:
         now["step"] = step
-        return passes(self, step)
+        return passes(self, step, **options)
 
     def spoil(self: VirtualWorkers, images: Tensor) -> Tensor:
         if now["step"] == BAD_STEP and self._leaf == BAD_WORKER:
@@ -107,7 +107,7 @@ def test_skipping_gives_the_same_bits_on_any_number_of_ranks(tmp_path: Path, for
         command = training(run_dir, *FORMS[form], "health.on_not_finite=skip")
         with Fleet(count, *command, prepare=_spoil_an_image) as fleet:
             outcomes = fleet.outcomes()
-        assert [outcome.status for outcome in outcomes] == [0] * count, fleet.story()
+            assert [outcome.status for outcome in outcomes] == [0] * count, fleet.story()
         assert "MOVED" not in outcomes[0].out
         skipped = {line["step"]: line["skipped_steps"] for line in records(run_dir) if "skipped_steps" in line}
         assert skipped == {12: 1}, "the record after 12 covers the steps 9 to 11"

@@ -20,13 +20,13 @@ from largebatch.recipe.draws import uniform
 from largebatch.training.checkpoint import CheckpointFolder
 
 CADENCE = 2
-OFTEN = f"checkpoint.every_steps={CADENCE}"
+OFTEN = [f"checkpoint.every_steps={CADENCE}", "logging.every_steps=1"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_to_the_end(1, folder, OFTEN)
+    run_to_the_end(1, folder, *OFTEN)
     return folder
 
 
@@ -44,7 +44,7 @@ def test_killed_at_a_random_moment(
     undisturbed: Path, tmp_path: Path, moment: int, world_size: int, victims: tuple[int, ...], then: int
 ) -> None:
     step, delay = uniform(np.arange(2), 7, moment)
-    with Fleet(world_size, *training(tmp_path, OFTEN)) as fleet:
+    with Fleet(world_size, *training(tmp_path, *OFTEN)) as fleet:
         fleet.until(lambda: newest_step(tmp_path) >= 1 + int(12 * step))
         time.sleep(0.05 * delay)
         fleet.send(signal.SIGKILL, *victims)
@@ -52,7 +52,7 @@ def test_killed_at_a_random_moment(
     reached, saved = records(tmp_path)[-1]["step"], newest_step(tmp_path)
     # One checkpoint may have been on its way to the disk: the one before it is never lost.
     assert reached - saved <= 2 * CADENCE
-    out = run_to_the_end(then, tmp_path, OFTEN)[0].out
+    out = run_to_the_end(then, tmp_path, *OFTEN)[0].out
     assert f"going on from step {saved} of 16" in out or saved in (0, 16)
     assert "damaged" not in out
     assert_same_end(tmp_path, undisturbed)
@@ -93,14 +93,14 @@ def _die_in_write(rank: int, step: int, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["half of the data", "before the rename", "before the manifest"])
 def test_killed_while_a_checkpoint_is_written(undisturbed: Path, tmp_path: Path, where: str) -> None:
-    with Fleet(2, *training(tmp_path, OFTEN), prepare=_die_in_write, prepare_args=(10, where)) as fleet:
+    with Fleet(2, *training(tmp_path, *OFTEN), prepare=_die_in_write, prepare_args=(10, where)) as fleet:
         killed, other = fleet.outcomes()
     assert killed.status == -signal.SIGKILL
     assert other.status == 1
     assert "rank 0 died or hung" in other.err
     # Training may have gone on while the checkpoint was written, and never began another.
     assert newest_step(tmp_path) == 8
-    out = run_to_the_end(2, tmp_path, OFTEN)[0].out
+    out = run_to_the_end(2, tmp_path, *OFTEN)[0].out
     assert "going on from step 8 of 16" in out
     assert_same_end(tmp_path, undisturbed)
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
@@ -212,5 +212,5 @@ def test_an_agent_told_to_stop_leaves_no_process(
     assert "with a checkpoint" in out
     assert alive(ranks) == []
     assert saved_steps(tmp_path)[-1] < 16
-    run_to_the_end(1, tmp_path, OFTEN)
+    run_to_the_end(1, tmp_path, *OFTEN)
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
