@@ -22,7 +22,7 @@ IMAGENET = str(ROOT / "configs/imagenet_resnet50_8k.yaml")
 FROZEN = {
     "train": {"CONFIG", "[section.key=value]...", "--run-dir", "--resume"},
     "evaluate": {"RUN"},
-    "plan": {"CONFIG", "[section.key=value]...", "--ranks", "--json"},
+    "plan": {"[CONFIG]", "[section.key=value]...", "--ranks", "--json", "--from"},
     "config show": {"CONFIG", "[section.key=value]..."},
     "config schema": set(),
     "data fetch": {"NAME", "--root"},

@@ -144,7 +144,8 @@ class TreeAllReduce:
         elements = parts[0].numel()
         own = self._chunk(elements, self._ranks.rank)
         expected = [(rank, i, node) for rank in self._others for i, node in enumerate(self._nodes[rank])]
-        rows = self._receive_buffer(parts[0], len(expected) * (own.stop - own.start)).view(len(expected), -1)
+        size = own.stop - own.start
+        rows = self._receive_buffer(parts[0], len(expected) * size).view(len(expected), size)
         self._sequence += 1
         tag = self._sequence % (1 << 20) * _TAGS
         messages = [
