@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from run_folders import ROOT, call, tensor_hashes
 
+from largebatch.reproduce.plots import draw
+
 BASE = ROOT / "configs/reproduce/base/smoke.yaml"
 EXPERIMENT = f"""
 title: Small
@@ -194,3 +196,18 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
     nothing = call("reproduce", "report", ROOT / "configs/reproduce/warmup.yaml", "--out", tmp_path, "--into", tmp_path)
     assert nothing.status == 2
     assert "no run has finished yet" in nothing.err
+
+
+def test_rows_that_share_a_place_in_a_sweep_are_all_drawn(tmp_path: Path) -> None:
+    row = {"line": "", "peak_lr": 0.1, "paper": {"mean": 2.0, "std": None, "n": 5}}
+    rows = [{**row, "name": str(mean), "result": {"mean": mean, "std": 0.1, "n": 3}} for mean in (4.0, 3.0)]
+    rows.append({**row, "name": "nothing yet", "result": None})
+    result = {
+        "experiment": "tie",
+        "scale": "smoke",
+        "settings": {"title": "Tie", "measure": "top1_error"},
+        "plots": [{"name": "sweep", "kind": "sweep", "x": "peak_lr", "rows": []}],
+        "rows": rows,
+    }
+    assert draw(result, tmp_path) == ["tie_sweep.png"]
+    assert (tmp_path / "tie_sweep.png").read_bytes().startswith(b"\x89PNG")

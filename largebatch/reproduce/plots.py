@@ -74,16 +74,18 @@ def _draw_sweep(axes: Any, rows: Sequence[Result], x: str, result: Result) -> No
     for row in rows:
         lines.setdefault(row["line"], []).append(row)
     for name, members in lines.items():
-        points = sorted((row[x], row["result"]) for row in members if row["result"] and row[x] is not None)
-        _draw_bars(axes, points, label=name or "here")
-    papers = sorted((row[x], row["paper"]) for row in rows if row["paper"] and row[x] is not None)
-    if papers:
-        _draw_bars(axes, papers, label="the paper", color="#9d9d9d", linestyle=":")
+        _draw_bars(axes, _points(members, x, "result"), label=name or "here")
+    _draw_bars(axes, _points(rows, x, "paper"), label="the paper", color="#9d9d9d", linestyle=":")
     if result.get("knee") and x == "global_batch":
         _draw_knee(axes, result["knee"])
     axes.set_xscale("log", base=2 if x == "global_batch" else 10)
     axes.set_xlabel(_LABELS[x])
     axes.set_ylabel(_LABELS[result["settings"]["measure"]])
+
+
+def _points(rows: Sequence[Result], x: str, which: str) -> list[tuple[float, Result]]:
+    """Where rows stand on the axis of `x`, and what they have there."""
+    return sorted(((row[x], row[which]) for row in rows if row[which]), key=lambda point: point[0])
 
 
 def _draw_bars(axes: Any, points: Sequence[tuple[float, Result]], **style: Any) -> None:

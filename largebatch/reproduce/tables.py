@@ -149,7 +149,7 @@ def _curve_table(result: Result) -> list[str]:
 
 
 def _on_ranks(row: Result) -> str:
-    return f", on {row['ranks']} ranks" if row["ranks"] else ""
+    return f", on {row['ranks']} rank{'s' * (row['ranks'] > 1)}" if row["ranks"] else ""
 
 
 def _provenance(provenance: Result) -> str:
