@@ -336,6 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no "§" is no reason to stop
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as under `python -m`: a user's own module lies in the current folder
     try:
         status = app(args=arguments, standalone_mode=False)
         return status if isinstance(status, int) else EXIT_OK

@@ -303,7 +303,10 @@ def _write_end(weights: dict[str, torch.Tensor], summary: dict[str, Any], run_di
 def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
     """Evaluate a finished run's `model.pt` as the run itself did. Raises UserError if there is none."""
     if not os.path.isfile(run_dir / "model.pt"):
-        raise UserError(f"{run_dir}: no model.pt here; give the folder of a run that has finished")
+        raise UserError(
+            f"{run_dir}: no model.pt here; give the folder of a run that has finished (the command that started a run "
+            "goes on with it)"
+        )
     config = read_config(run_dir / "config.yaml")
     execution = config.execution
     with connect(launch, device=execution.device, backend=execution.backend, threads=execution.threads) as ranks:

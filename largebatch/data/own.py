@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,15 @@ def call_own(settings: DataSettings) -> tuple[Any, Any]:
 
     Raises DataError that names the path and says what is wrong.
     """
-    result = _function(settings.name)(**settings.arguments)
+    function = _function(settings.name)
+    try:
+        inspect.signature(function).bind(**settings.arguments)
+    except TypeError as error:
+        raise DataError(
+            f"data.arguments: {settings.name} cannot be called with {settings.arguments}: {error}; overrides add to "
+            "the arguments of the file, they do not replace them"
+        ) from None
+    result = function(**settings.arguments)
     if not isinstance(result, tuple) or len(result) != 2:
         raise DataError(f"data.name {settings.name}: must return (train, val), not {type(result).__name__}")
     return result

@@ -60,7 +60,7 @@ class ScheduleSettings(Section):
         if self.warmup.kind != "none" and self.warmup.epochs > self.epochs:
             raise ValueError(
                 f"warmup.epochs {self.warmup.epochs:g} is longer than the training's epochs {self.epochs:g}; "
-                "shorten the warmup or train longer"
+                "shorten it (warmup.kind=none leaves it out) or train longer"
             )
         if self.decay.kind == "step" and self.decay.epochs and self.decay.epochs[-1] >= self.epochs:
             raise ValueError(
