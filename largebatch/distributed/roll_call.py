@@ -66,7 +66,8 @@ def _explain(ranks: Ranks, error: Exception) -> str:
     asking.start()
     asking.join(2 * _PATIENCE_SECONDS)
     missing, causes = found[0] if found else ([0], [])
-    lost = f"{_ranks(missing)} died or hung" if missing else ""
+    # Who failed by an error of its own explains the silence of those that waited for it.
+    lost = f"{_ranks(missing)} died or hung" if missing and not causes else ""
     reason = "; ".join(filter(None, [lost, *causes])) or "the connection between the ranks broke"
     return (
         f"{reason}. Start the same command again: the run goes on from its newest checkpoint "
