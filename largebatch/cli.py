@@ -355,8 +355,19 @@ def main(arguments: list[str] | None = None) -> int:
         if usage is not None:
             _complain(f"{usage()} (see --help)")
             return EXIT_USER_INPUT
+        if _is_out_of_memory(error):
+            _complain(
+                f"out of memory: {str(error).splitlines()[0]}\nRun fewer images at once (execution.workers_per_pass, "
+                "batch.images_per_worker, evaluation.images_per_batch), use a smaller model or execution.precision=bf16"
+            )
+            return EXIT_USER_INPUT
         _complain(traceback.format_exc())
         return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine has no memory left; torch's allocator for CPUs says so in words alone."""
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 def _complain(text: str) -> None:

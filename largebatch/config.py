@@ -24,8 +24,10 @@ from largebatch.training.settings import (
     OptimizerSettings,
 )
 
-# What may differ when a run goes on: it changes no number.
+# What may differ when a run goes on: it changes no number, or only says how to go on.
 _FREE_ON_RESUME = (
+    "batch.on_resize",
+    "schedule.resize_ramp_epochs",
     "checkpoint",
     "logging",
     "data.root",
@@ -71,6 +73,11 @@ class Config(Section):
                 "0, or lower execution.workers_per_pass"
             )
         return self
+
+    def with_workers(self, virtual_workers: int) -> Config:
+        """This config with another k."""
+        batch = self.batch.model_copy(update={"virtual_workers": virtual_workers})
+        return self.model_copy(update={"batch": batch})
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -13,6 +13,7 @@ from largebatch.config import Config
 from largebatch.recipe.batch import deal_workers
 from largebatch.recipe.efficiency import images_factor, steps_factor
 from largebatch.recipe.order import EpochOrder
+from largebatch.recipe.resize import Resize, ResizedOrder, resized_schedule
 from largebatch.recipe.schedule import Schedule, make_schedule
 from largebatch.report.noise import NoiseScale
 
@@ -49,6 +50,8 @@ class Plan:
     decay_steps: list[int]
     weight_decay: float
     reduction: str
+    resize_step: int | None
+    """The step from which on `batch.on_resize: rescale` gave this minibatch to a run that began with another."""
     warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,12 +59,17 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config, *, name: str, world_size: int, train_images: int, val_images: int) -> Plan:
-    """The plan of `config` on `world_size` ranks for a set of so many images. Raises ConfigError."""
+def make_plan(
+    config: Config, *, name: str, world_size: int, train_images: int, val_images: int, resize: Resize | None = None
+) -> Plan:
+    """The plan of `config` on `world_size` ranks for a set of so many images. Raises ConfigError.
+
+    With `resize`, `config` has the k from there on; steps are counted from the run's start.
+    """
     batch = config.batch
     workers = deal_workers(batch.virtual_workers, config.execution.workers_per_pass, world_size)
-    order = make_order(config, train_images)
-    schedule = make_schedule(config.schedule, global_batch=order.global_batch, steps_per_epoch=order.steps_per_epoch)
+    order = make_order(config, train_images, resize)
+    schedule = run_schedule(config, order, resize)
     return Plan(
         name=name,
         world_size=world_size,
@@ -87,14 +95,26 @@ def make_plan(config: Config, *, name: str, world_size: int, train_images: int, 
         decay_steps=list(schedule.decay_steps),
         weight_decay=config.optimizer.weight_decay,
         reduction=config.execution.reduction,
+        resize_step=resize.step if resize else None,
         warnings=_warnings(config, schedule, workers),
     )
 
 
-def make_order(config: Config, train_images: int) -> EpochOrder:
+def make_order(config: Config, train_images: int, resize: Resize | None = None) -> EpochOrder:
     """The order of the training images. Raises ConfigError if a minibatch is larger than the set."""
-    batch = config.batch
-    return EpochOrder(train_images, batch.virtual_workers, batch.images_per_worker, config.seed, shuffle=batch.shuffle)
+    k, n, shuffle = config.batch.virtual_workers, config.batch.images_per_worker, config.batch.shuffle
+    if resize is not None:
+        return ResizedOrder(train_images, k, n, config.seed, resize=resize)
+    return EpochOrder(train_images, k, n, config.seed, shuffle=shuffle)
+
+
+def run_schedule(config: Config, order: EpochOrder, resize: Resize | None = None) -> Schedule:
+    """The schedule of a run in this order of images."""
+    settings = config.schedule
+    recipe = make_schedule(settings, global_batch=order.global_batch, steps_per_epoch=order.steps_per_epoch)
+    if resize is None:
+        return recipe
+    return resized_schedule(recipe, resize, round(settings.resize_ramp_epochs * order.steps_per_epoch))
 
 
 def _explain_lr(config: Config, schedule: Schedule) -> str:
@@ -193,6 +213,8 @@ def describe(plan: Plan) -> str:
         ("decay", decay),
         ("reduction", plan.reduction),
     ]
+    if plan.resize_step is not None:
+        rows.append(("resized", f"this minibatch holds from step {plan.resize_step} on (batch.on_resize: rescale)"))
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {text}" for label, text in rows]
     return "\n".join([f"plan of {plan.name}", *lines, *(f"warning: {w}" for w in plan.warnings)])

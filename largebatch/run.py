@@ -23,15 +23,16 @@ from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.roll_call import name_lost_ranks
 from largebatch.errors import CheckpointError, ConfigError, DataError, UserError
 from largebatch.models.build import build
-from largebatch.plan import Plan, describe, make_order, make_plan
+from largebatch.plan import Plan, describe, make_order, make_plan, run_schedule
 from largebatch.recipe.batch import deal_passes
-from largebatch.recipe.schedule import make_schedule
+from largebatch.recipe.resize import Resize
 from largebatch.report.environment import code_digest, describe_environment
 from largebatch.report.files import write_bytes_atomically, write_json_atomically, write_text_atomically
 from largebatch.report.lock import hold_folder
 from largebatch.report.metrics import TENSORBOARD_FOLDER, open_writers
 from largebatch.report.plots import draw_curves
 from largebatch.report.progress import open_progress
+from largebatch.resume import describe_resize, go_on
 from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
 from largebatch.training.evaluation import evaluate
 from largebatch.training.optimizer import make_optimizer
@@ -91,7 +92,6 @@ def check_alike(config: Config, ranks: Ranks) -> None:
 
 def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Launch) -> None:
     """Every error that can be found without data, device or the other ranks."""
-    deal_passes(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
     known = facts(config.data)
     if known is not None:
         make_order(config, known.train_images)
@@ -100,14 +100,20 @@ def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Laun
         raise UserError(f"--run-dir: {run_dir} is a file; give a folder")
     if resume == "auto":
         _check_same_config(config, run_dir)
+    if resume == "never" or not _has_checkpoints(run_dir):  # else k may have been rescaled
+        deal_passes(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
+
+
+def _has_checkpoints(run_dir: Path) -> bool:
+    checkpoints = run_dir / _CHECKPOINTS
+    return os.path.isdir(checkpoints) and bool(os.listdir(checkpoints))
 
 
 def _check_same_config(config: Config, run_dir: Path) -> None:
     """Raise UserError unless what `run_dir` holds was trained with `config`."""
     saved = run_dir / "config.yaml"
     if not os.path.exists(saved):
-        checkpoints = run_dir / _CHECKPOINTS
-        if os.path.isdir(checkpoints) and os.listdir(checkpoints):
+        if _has_checkpoints(run_dir):
             raise UserError(
                 f"--run-dir: {run_dir} holds checkpoints but no config.yaml that says of what; choose another folder, "
                 "or start anew with --resume never (which deletes them)"
@@ -165,20 +171,23 @@ def _train_connected(
     config: Config, run_dir: Path, name: str, ranks: Ranks, stop_request: StopRequest
 ) -> dict[str, Any]:
     sources = load(config.data, seed=config.seed, device=ranks.device)
+    checkpoints = CheckpointFolder(run_dir / _CHECKPOINTS, keep=config.checkpoint.keep)
+    data = ranks.broadcast(checkpoints.newest(_warn) if ranks.is_main else None)
+    state = None if data is None else deserialise(data, ranks.device)
+    images = sources[0].images
+    current, resize = go_on(config, state, world_size=ranks.world_size, train_images=images)
     plan = make_plan(
-        config,
+        current,
         name=name,
         world_size=ranks.world_size,
-        train_images=sources[0].images,
+        train_images=images,
         val_images=sources[1].images,
+        resize=resize,
     )
-    trainer = make_trainer(
-        config, plan, ranks, sources, CheckpointFolder(run_dir / _CHECKPOINTS, keep=config.checkpoint.keep)
-    )
+    trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize)
     trainer.stop_request = stop_request
-    data = ranks.broadcast(trainer.checkpoints.newest(_warn) if ranks.is_main else None)
-    if data is not None:
-        trainer.restore(deserialise(data, ranks.device))
+    if state is not None:
+        trainer.restore(state)
     first_step = trainer.step + 1 if data is not None else 0
     ranks.from_main(lambda: _write_start(config, plan, run_dir))
     total, done = trainer.schedule.total_steps, trainer.step
@@ -188,6 +197,8 @@ def _train_connected(
             progress.note(describe(plan))
             if done:
                 progress.note(f"going on from step {done} of {total}")
+            if state is not None and trainer.resize is not None and done == trainer.resize.step:
+                progress.note(describe_resize(state, plan, trainer.resize))
             trainer.run(writer, progress)
     finally:
         with contextlib.suppress(OSError):  # told already, by the write that failed
@@ -236,8 +247,9 @@ def make_trainer(
     ranks: Ranks,
     sources: tuple[ImageSource, ImageSource],
     checkpoints: CheckpointFolder,
+    resize: Resize | None = None,
 ) -> Trainer:
-    """The trainer of `config`, at step 0."""
+    """The trainer of `config`, at step 0; `config` has the k that `resize` says."""
     execution = config.execution
     train_source, validation = sources
     model = build_model(config, train_source, ranks)
@@ -259,11 +271,12 @@ def make_trainer(
         compression=execution.compression,
         seed=config.seed,
     )
+    order = make_order(config, train_source.images, resize)
     return Trainer(
         virtual=virtual,
         optimizer=optimizer,
-        schedule=make_schedule(config.schedule, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch),
-        order=make_order(config, train_source.images),
+        schedule=run_schedule(config, order, resize),
+        order=order,
         train=train_source,
         validation=validation,
         ranks=ranks,
@@ -273,6 +286,7 @@ def make_trainer(
         health=config.health,
         logging=config.logging,
         checkpoints=checkpoints,
+        resize=resize,
         loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,
         precise_steps=config.batchnorm.precise_steps if config.batchnorm.statistics == "precise" else 0,
     )

@@ -66,7 +66,7 @@ class Hosts:
         subprocess.run([_PARTS / "cluster.sh", "cable", self.folder, host, state], check=True, timeout=10)
 
     def power_off(self, host: str) -> None:
-        """End every process of a host at once."""
+        """End every process of a host at once. Its connections are closed, unless its cable was pulled before."""
         subprocess.run([_PARTS / "cluster.sh", "off", self.folder, host], check=True, timeout=10)
 
 

@@ -237,6 +237,8 @@ def state() -> TrainState:
         step=7,
         images_consumed=70,
         order_fingerprint="ab",
+        world_size=2,
+        resize=None,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         scaler={},

@@ -201,6 +201,11 @@ def test_a_missing_set_names_the_command_that_fetches_it(tmp_path: Path) -> None
     assert str(tmp_path / "none/FashionMNIST/raw/train-images-idx3-ubyte") in outcome.err
 
 
+def test_too_little_memory_is_told_with_what_takes_less(tmp_path: Path) -> None:
+    model = f"model={{name: mlp, hidden: [{10**13}]}}"  # more bytes than any address can name
+    assert_refused(call("train", DIGITS, "--run-dir", tmp_path / "run", *SMALL, model), "Run fewer images at once")
+
+
 class TestRunFolder:
     def test_a_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "run").write_text("")

@@ -154,7 +154,7 @@ def evaluate_plainly(model: nn.Module, source: ImageSource) -> dict[str, float]:
 
 
 def statistics_by_hand(model: nn.Module, settings: Config, steps: int) -> dict[str, torch.Tensor]:
-    """Mean and unbiased variance of what goes into each BatchNorm, over the last epoch's first steps."""
+    """Mean and unbiased variance of what goes into each BatchNorm, over the last epoch's last steps."""
     found: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -167,7 +167,8 @@ def statistics_by_hand(model: nn.Module, settings: Config, steps: int) -> dict[s
             module.register_forward_pre_hook(look)
     model.train()
     last = EPOCHS - 1
-    rows = permutation(TRAIN_IMAGES, settings.seed, last, 0)[: steps * K * N].reshape(-1, N)
+    whole = TRAIN_IMAGES - TRAIN_IMAGES % (K * N)
+    rows = permutation(TRAIN_IMAGES, settings.seed, last, 0)[whole - steps * K * N : whole].reshape(-1, N)
     with torch.no_grad():
         for images, _ in load_sources(settings)[0].stream([Pass(last, row) for row in rows], augment=True):
             model(images)

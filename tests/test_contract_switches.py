@@ -90,6 +90,7 @@ def test_the_defaults_are_the_papers() -> None:
         "warmup": {"kind": "gradual", "epochs": 5.0},
         "decay": {"kind": "step", "epochs": [30.0, 60.0, 80.0], "factor": 0.1},
         "epochs": 90.0,
+        "resize_ramp_epochs": 0.25,
     }
     assert defaults.optimizer.model_dump() == {
         "kind": "sgd",
@@ -103,6 +104,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert defaults.batch.images_per_worker == 32
     assert defaults.batch.loss_mean_over == "global_batch"
     assert defaults.batch.shuffle == "once"
+    assert defaults.batch.on_resize == "keep"
     assert defaults.batchnorm.momentum == 0.9
     assert defaults.model.name == "resnet50"
     assert defaults.model.last_gamma == 0.0

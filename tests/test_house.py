@@ -16,6 +16,7 @@ STOREYS = [
     {"cli", "__main__"},
     {"benchmark", "doctor", "reproduce"},
     {"run"},
+    {"resume"},
     {"plan"},
     {"config"},
     {"training"},

@@ -30,8 +30,7 @@ class Case:
 
     def config(self, config: Config) -> Config:
         """`config` with this case's minibatch."""
-        batch = config.batch.model_copy(update={"virtual_workers": self.virtual_workers})
-        return config.model_copy(update={"batch": batch})
+        return config.with_workers(self.virtual_workers)
 
 
 @dataclass(frozen=True)

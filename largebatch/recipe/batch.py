@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from largebatch.errors import ConfigError
 from largebatch.section import Section
@@ -22,6 +22,15 @@ class BatchSettings(Section):
     larger ('cancelling k', wrong with weight decay)."""
     shuffle: Literal["once", "per_worker"] = "once"
     """once: one shuffle an epoch, divided among the workers (remark 4); per_worker: remark 4 done wrong."""
+    on_resize: Literal["keep", "rescale"] = "keep"
+    """When a run goes on with another number of ranks. keep: they share the same virtual workers, and nothing else
+    changes; rescale: each rank keeps as many as it had, so kn changes, and with it the learning rate by its rule."""
+
+    @model_validator(mode="after")
+    def _resize_fits(self) -> BatchSettings:
+        if self.on_resize == "rescale" and (self.shuffle, self.loss_mean_over) != ("once", "global_batch"):
+            raise ValueError("on_resize rescale needs shuffle: once and loss_mean_over: global_batch")
+        return self
 
     @property
     def global_batch(self) -> int:

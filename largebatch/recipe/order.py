@@ -60,17 +60,25 @@ class EpochOrder:
         """Images that one epoch leaves out (others every epoch)."""
         return self.images - self.steps_per_epoch * self.global_batch
 
+    def recipe_step(self, step: int) -> int:
+        """`step` counted by the recipe: the same, unless the run has changed its minibatch (`ResizedOrder`)."""
+        return step
+
     def epoch_of(self, step: int) -> int:
-        return step // self.steps_per_epoch
+        return self.recipe_step(step) // self.steps_per_epoch
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch of `step`, and where in its shuffle the minibatch starts."""
+        epoch, in_epoch = divmod(self.recipe_step(step), self.steps_per_epoch)
+        return epoch, in_epoch * self.global_batch
 
     def indices(self, step: int, workers: range) -> np.ndarray:
         """The images of consecutive virtual `workers` at `step`, int64 [len(workers) * n], worker by worker."""
-        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        epoch, start = self.place(step)
         n = self.images_per_worker
         if self.shuffle == "per_worker":
-            own = [self._shuffled(epoch, w)[in_epoch * n : (in_epoch + 1) * n] for w in workers]
-            return np.concatenate(own)
-        start = in_epoch * self.global_batch
+            first = start // self.virtual_workers
+            return np.concatenate([self._shuffled(epoch, w)[first : first + n] for w in workers])
         return self._shuffled(epoch, 0)[start + workers.start * n : start + workers.stop * n]
 
     def images_consumed(self, step: int) -> int:

@@ -1,8 +1,8 @@
 """Metric records: written to JSON lines and to TensorBoard, each step once, however often a run was resumed.
 
 A record is a flat dict with ``step`` (the number of updates done when it was written), ``epoch``, and any of
-``train/loss, train/top1_error, lr, images_per_second, data_wait, compute, slowest_rank, slowdown, skipped_steps,
-gradient_noise_scale (images), gradient_noise, gradient_squared_norm,
+``train/loss, train/top1_error, lr, global_batch, images_per_second, data_wait, compute, slowest_rank, slowdown,
+skipped_steps, gradient_noise_scale (images), gradient_noise, gradient_squared_norm,
 val/loss, val/top1_error, val/top5_error``.
 ``metrics.jsonl`` is the truth: after a stop it is cut back to the checkpoint, and ``tensorboard/`` is rebuilt
 from what is left.

@@ -18,8 +18,8 @@ from largebatch.config import Config, differences, read_config
 from largebatch.configfile.loading import dump_config
 from largebatch.data.catalog import facts
 from largebatch.errors import EXIT_HEALTH, DataError, UserError
-from largebatch.plan import make_order
-from largebatch.recipe.schedule import Schedule, make_schedule
+from largebatch.plan import make_order, run_schedule
+from largebatch.recipe.schedule import Schedule
 from largebatch.report.files import write_json_atomically, write_text_atomically
 from largebatch.report.lock import hold_folder
 from largebatch.report.metrics import read_metrics
@@ -137,8 +137,7 @@ def images_of(run: Run) -> int:
 
 def schedule_of(run: Run) -> Schedule:
     """The schedule of a run, in steps."""
-    order = make_order(run.config, images_of(run))
-    return make_schedule(run.config.schedule, global_batch=order.global_batch, steps_per_epoch=order.steps_per_epoch)
+    return run_schedule(run.config, make_order(run.config, images_of(run)))
 
 
 def steps_of(run: Run) -> int:

@@ -16,7 +16,17 @@ from largebatch.reproduce.settings import Experiment, Row, Scale, find_experimen
 
 _KEY_DIGITS = 16
 # What a number of a run can depend on; a change elsewhere makes no run anew.
-_CODE_THAT_COUNTS = ("recipe", "data", "models", "distributed", "training", "run.py", "config.py")
+_CODE_THAT_COUNTS = (
+    "recipe",
+    "data",
+    "models",
+    "distributed",
+    "training",
+    "run.py",
+    "resume.py",
+    "plan.py",
+    "config.py",
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from largebatch.errors import DataError
 from largebatch.report.files import write_json_atomically
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
 
 
@@ -30,6 +30,10 @@ class TrainState:
     images_consumed: int
     order_fingerprint: str
     """Hash of the shuffle of the epoch that `step` stands in."""
+    world_size: int
+    """Ranks that trained up to here."""
+    resize: dict[str, Any] | None
+    """The newest change of the minibatch, if any (`largebatch.recipe.resize.Resize`)."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]

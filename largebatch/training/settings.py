@@ -50,7 +50,7 @@ class BatchNormSettings(Section):
     statistics: Literal["running", "precise"] = "running"
     """running: the running average; precise: recomputed with the current weights before each evaluation."""
     precise_steps: int = Field(20, ge=1)
-    """Steps' worth of images that `precise` averages over."""
+    """Newest steps over whose images `precise` averages."""
 
 
 class ExecutionSettings(Section):

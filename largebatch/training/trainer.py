@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from largebatch.data.source import Batches, ImageSource, Pass
 from largebatch.distributed.environment import Ranks
 from largebatch.errors import CheckpointError, HealthError, Preempted, UserError
 from largebatch.recipe.order import EpochOrder
+from largebatch.recipe.resize import Resize
 from largebatch.recipe.schedule import Schedule
 from largebatch.report.metrics import MetricsWriter
 from largebatch.report.progress import Progress
@@ -64,13 +65,14 @@ class _Interval:
 
 @dataclass(frozen=True)
 class Cadence:
-    """After how many updates something is due: each `every` of them (none if 0) and at the end."""
+    """After how many updates something is due: each `every` of them (none if 0) from `start` on, and at the end."""
 
     every: int
     total: int
+    start: int = 0
 
     def due(self, step: int) -> bool:
-        return step == self.total or (self.every > 0 and step % self.every == 0)
+        return step == self.total or (self.every > 0 and (step - self.start) % self.every == 0)
 
 
 @dataclass
@@ -96,6 +98,8 @@ class Trainer:
     checkpoints: CheckpointFolder
     stop_request: StopRequest = field(default_factory=StopRequest)
     """Raised by a signal: the ranks then stop together after a step, with a checkpoint."""
+    resize: Resize | None = None
+    """The newest change of the minibatch (`batch.on_resize: rescale`), which `order` and `schedule` follow."""
     loss_factor: float = 1.0
     """Multiplies the gradients (the ablations of remarks 1 and 3)."""
     precise_steps: int = 0
@@ -132,6 +136,8 @@ class Trainer:
             step=self.step,
             images_consumed=self.order.images_consumed(self.step),
             order_fingerprint=self.order.fingerprint(self.order.epoch_of(self.step)),
+            world_size=self.ranks.world_size,
+            resize=asdict(self.resize) if self.resize else None,
             model=self.virtual.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -149,24 +155,15 @@ class Trainer:
         )
 
     def restore(self, state: TrainState) -> None:
-        """Go on from `state`. Raises UserError if this run has another order of images, or another model."""
-        if state.images_consumed != self.order.images_consumed(state.step):
-            raise UserError(
-                f"the checkpoint has consumed {state.images_consumed} images in {state.step} steps, this run would "
-                f"have {self.order.images_consumed(state.step)}; its batch section must be the same"
-            )
-        if state.order_fingerprint != self.order.fingerprint(self.order.epoch_of(state.step)):
-            raise UserError(
-                f"the checkpoint saw the images of epoch {self.order.epoch_of(state.step)} in another order than this "
-                "run would; the data set and the seed must be the same"
-            )
+        """Go on from `state`, which came by this run's order of images. Raises UserError if it has another model."""
         try:
             self.virtual.model.load_state_dict(state.model)
             self.optimizer.load_state_dict(state.optimizer)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this run's model, whose code has changed: {error}") from error
         self.scaler.load_state_dict(state.scaler)
-        self._interval = _Interval(**state.interval)
+        if self.resize is None or self.resize.step != state.step:
+            self._interval = _Interval(**state.interval)  # else its steps had another minibatch
         self.step = state.step
         self.recent_top1_errors = state.recent_top1_errors
         self.last_validation = state.last_validation
@@ -182,7 +179,7 @@ class Trainer:
         """
         total = self.schedule.total_steps
         logs = Cadence(self.logging.every_steps, total)
-        evaluations = Cadence(self._steps(self.evaluation.every_epochs), total)
+        evaluations = self._each_epochs(self.evaluation.every_epochs)
         clock = _Clock(self)
         self.virtual.model.train()
         try:
@@ -256,8 +253,10 @@ class Trainer:
             for workers in self.virtual.workers_by_pass:
                 yield Pass(self.order.epoch_of(step), self.order.indices(step, workers))
 
-    def _steps(self, epochs: float) -> int:
-        return max(1, round(epochs * self.order.steps_per_epoch)) if epochs else 0
+    def _each_epochs(self, epochs: float) -> Cadence:
+        every = max(1, round(epochs * self.order.steps_per_epoch)) if epochs else 0
+        # Epochs are the recipe's, whose step 0 a resize moves.
+        return Cadence(every, self.schedule.total_steps, start=-self.order.recipe_step(0))
 
     # ---- what happens between steps
 
@@ -273,10 +272,11 @@ class Trainer:
             progress.note(straggler)
         record: dict[str, float] = {
             "step": self.step,
-            "epoch": self.step / self.order.steps_per_epoch,
+            "epoch": self.order.recipe_step(self.step) / self.order.steps_per_epoch,
             "train/loss": interval.loss.item() / counted if counted else math.nan,
             "train/top1_error": 100.0 * interval.wrong.item() / images if counted else math.nan,
             "lr": self.schedule.lr_at(self.step - 1),
+            "global_batch": self.order.global_batch,
             "images_per_second": self.order.global_batch / timing.step,
             "data_wait": timing.data_wait,
             **compute,
@@ -292,7 +292,7 @@ class Trainer:
     def _saves_after(self, facts: StepFacts) -> bool:
         """Whether a checkpoint is due after the newest step: by steps, epochs, the clock or a stop request."""
         total = self.schedule.total_steps
-        epochs = Cadence(self._steps(self.checkpointing.every_epochs or 0), total)
+        epochs = self._each_epochs(self.checkpointing.every_epochs or 0)
         steps = Cadence(self.checkpointing.every_steps or 0, total)
         return epochs.due(self.step) or steps.due(self.step) or facts.save or facts.stop
 
@@ -376,12 +376,11 @@ class Trainer:
             return
         batchnorm = self.virtual.batchnorm
         running = batchnorm.read()
-        # The images of the epoch that has just been trained, from its start.
-        epoch = self.order.epoch_of(max(0, self.step - 1))
-        count = min(self.precise_steps, self.order.steps_per_epoch)
-        first = epoch * self.order.steps_per_epoch
+        # The images of the newest steps; those before a resize had another minibatch.
+        first = max(self.resize.step if self.resize else 0, self.step - self.precise_steps)
+        count = self.step - first
         with (
-            contextlib.closing(self.train.stream(self.passes(range(first, first + count)), augment=True)) as stream,
+            contextlib.closing(self.train.stream(self.passes(range(first, self.step)), augment=True)) as stream,
             self.autocast(),
         ):
             precise = self.virtual.measure_statistics(TimedBatches(stream, self.memory_format), count)

@@ -6,7 +6,8 @@
 #                                           limits every link both ways; prints "ready"; DIR keeps its state
 #   cluster.sh on DIR HOST COMMAND...       run a command there, in this folder; it ends with its caller
 #   cluster.sh cable DIR HOST up|down|RATE  pull the cable (the others are not told), put it back, or limit it
-#   cluster.sh off DIR HOST                 power off: every process there dies at once
+#   cluster.sh off DIR HOST                 power off: every process there dies at once; the host can be used again,
+#                                           as after a restart
 #
 # The host "switch" is reachable from all others too, for what belongs to no node.
 set -euo pipefail
@@ -28,7 +29,7 @@ init='hostname "$1"
     ip link set lo up
     touch "$2/$1.ready"
     trap : TERM INT HUP
-    while :; do sleep infinity & wait $!; done'
+    while :; do sleep infinity & wait $! || :; done'
 
 boot() { # HOST
     setpriv --pdeathsig KILL \
@@ -115,6 +116,6 @@ case $action in
         exec "${entered[@]}" "${@:2}"
         ;;
     cable) cable "$@" ;;
-    off) kill -KILL "$(pid_of "$1")" ;;
+    off) on "$1" bash -c 'kill -KILL -1' ;; # all but the host's process 1
     *) fail "unknown: $action" ;;
 esac

@@ -1,0 +1,57 @@
+"""Going on from a checkpoint: the same run, unless its minibatch is to follow the number of ranks."""
+
+from __future__ import annotations
+
+from largebatch.config import Config
+from largebatch.errors import UserError
+from largebatch.plan import Plan, make_order, run_schedule
+from largebatch.recipe.order import EpochOrder
+from largebatch.recipe.resize import Resize, make_resize, rescaled_workers
+from largebatch.training.checkpoint import TrainState
+
+
+def go_on(
+    config: Config, state: TrainState | None, *, world_size: int, train_images: int
+) -> tuple[Config, Resize | None]:
+    """The config, with the k that holds from here on, and the newest resize, of a run that goes on from `state`.
+
+    Raises UserError if the run has another order of images, and ConfigError if the workers cannot be dealt.
+    """
+    if state is None:
+        if config.batch.on_resize == "rescale":  # refused now rather than when it is needed
+            rescaled_workers(config.batch.virtual_workers, world_size, world_size)
+        return config, None
+    resize = Resize(**state.resize) if state.resize else None
+    if resize is not None:
+        config = config.with_workers(resize.virtual_workers)
+    order = make_order(config, train_images, resize)
+    _check_order(order, state)
+    if config.batch.on_resize == "rescale" and state.world_size != world_size:
+        workers = rescaled_workers(config.batch.virtual_workers, state.world_size, world_size)
+        resize = make_resize(order, run_schedule(config, order, resize), state.step, workers)
+        config = config.with_workers(workers)
+    return config, resize
+
+
+def _check_order(order: EpochOrder, state: TrainState) -> None:
+    """Raise UserError unless `order` is the one that `state` came by."""
+    consumed, epoch = order.images_consumed(state.step), order.epoch_of(state.step)
+    if state.images_consumed != consumed:
+        raise UserError(
+            f"the checkpoint has consumed {state.images_consumed} images in {state.step} steps, this run would have "
+            f"{consumed}; its batch section must be the same"
+        )
+    if state.order_fingerprint != order.fingerprint(epoch):
+        raise UserError(
+            f"the checkpoint saw the images of epoch {epoch} in another order than this run would; the data set and "
+            "the seed must be the same"
+        )
+
+
+def describe_resize(state: TrainState, plan: Plan, resize: Resize) -> str:
+    """What a run that has just been rescaled changes, as a line for the log."""
+    return (
+        f"resized at step {resize.step}: {plan.world_size} ranks instead of {state.world_size}, each with as many "
+        f"virtual workers as before, make a minibatch of {plan.global_batch} images; the learning rate goes from "
+        f"{resize.lr_before:g} towards a peak of {plan.peak_lr:g} (batch.on_resize: rescale)"
+    )
