@@ -28,6 +28,7 @@ SIZES = {
     32768: 12.8,
     65536: 25.6,
 }
+RATIOS = {128: "½ x reference", 256: "reference"}
 LABELS = {1024: "1k", 2048: "2k", 4096: "4k", 8192: "8k", 16384: "16k", 32768: "32k", 65536: "64k"}
 # Row -> (kn, peak learning rate, warmup), read in the paper: Table 1, Figure 1, Tables 2a and 2b, §3.
 PAPER: dict[str, dict[str, tuple[int, float, str]]] = {
@@ -38,7 +39,7 @@ PAPER: dict[str, dict[str, tuple[int, float, str]]] = {
         "gradual": (8192, 3.2, GRADUAL),
     },
     "minibatch-size": {
-        f"kn = {LABELS.get(kn, kn)}": (kn, lr, GRADUAL if kn > 256 else NONE) for kn, lr in SIZES.items()
+        RATIOS.get(kn, f"{kn // 256} x reference"): (kn, lr, GRADUAL if kn > 256 else NONE) for kn, lr in SIZES.items()
     },
     "lr-rules": {
         "small, η": (256, 0.1, NONE),
@@ -151,7 +152,7 @@ def test_rows_that_are_the_same_share_one_run() -> None:
     assert [run.key for run in gradual] == [run.key for run in grid("lr-rules", "cpu").row("large, linear η")]
     assert [run.key for run in gradual] == [run.key for run in grid("last-gamma", "cpu").row("large, γ = 0")]
     assert [run.key for run in gradual] == [run.key for run in grid("remarks", "cpu").row("right")]
-    assert [run.key for run in gradual] == [run.key for run in grid("minibatch-size", "cpu").row("kn = 1k")]
+    assert [run.key for run in gradual] == [run.key for run in grid("minibatch-size", "cpu").row("4 x reference")]
 
 
 def run_and_report(name: str, tmp_path: Path) -> tuple[dict, str]:  # type: ignore[type-arg]
