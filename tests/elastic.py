@@ -18,18 +18,22 @@ VARIABLES = {
 }
 
 
+# A host that says nothing any more is taken for lost after 6 s. An agent that asks the store of a rendezvous host
+# without power waits for the kernel, whose own choice, 15, is a quarter of an hour.
+TCP_RETRIES = 4
+
+
 def give_up_early(hosts: Hosts, *names: str) -> None:
-    """Let these hosts believe after 6 s that who is silent is gone: an agent that asks the store of a rendezvous host
-    without power waits for the kernel, which by itself takes a quarter of an hour."""
+    """Set TCP_RETRIES on these hosts."""
     for name in names:
-        hosts.run(name, "sh", "-c", "echo 4 > /proc/sys/net/ipv4/tcp_retries2")
+        hosts.run(name, "sh", "-c", f"echo {TCP_RETRIES} > /proc/sys/net/ipv4/tcp_retries2")
 
 
-def start_agent(hosts: Hosts, host: str, log: Path, *command: str | Path) -> subprocess.Popen:
-    """One host's agent of a job of 1 to 3 hosts that meet on node1; runs a largebatch command."""
+def start_agent(hosts: Hosts, host: str, log: Path, *command: str | Path, meet_on: str = "node1") -> subprocess.Popen:
+    """One host's agent of a job of 1 to 3 hosts that meet on one of them; runs a largebatch command."""
     torchrun = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=10"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=node1:29500", "--rdzv-id=test", f"--rdzv-conf={RENDEZVOUS}"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={meet_on}:29500", "--rdzv-id=test", f"--rdzv-conf={RENDEZVOUS}"),
         *("--monitor-interval=0.2", f"--local-addr={host}", "-m", "largebatch"),
     ]
     return hosts.start(host, *torchrun, *command, output=log, **VARIABLES)

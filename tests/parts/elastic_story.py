@@ -3,7 +3,7 @@ compared with those of one process that nothing happened to.
 
     python tests/parts/elastic_story.py results/survive/elastic.json
 
-Takes about five minutes on two cores. Needs root.
+Takes about four minutes on two cores. Needs root.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from elastic import start_agent
+from elastic import RENDEZVOUS, TCP_RETRIES, give_up_early, start_agent
 from hosts import Hosts, running_hosts, wait_until
 from run_folders import DIGITS, saved_steps, tensor_hashes
 
@@ -46,8 +46,9 @@ class Story:
         self.agents: dict[str, subprocess.Popen] = {}
         self.events: list[dict[str, object]] = []
 
-    def start(self, host: str) -> None:
-        self.agents[host] = start_agent(self.hosts, host, self.log, "train", DIGITS, "--run-dir", self.run, *TRAINING)
+    def start(self, *hosts: str, meet_on: str = "node1") -> None:
+        command = ("train", DIGITS, "--run-dir", self.run, *TRAINING)
+        self.agents |= {host: start_agent(self.hosts, host, self.log, *command, meet_on=meet_on) for host in hosts}
 
     def kill_agent(self, host: str) -> None:
         """SIGKILL to torchrun alone: its rank is left without it."""
@@ -68,6 +69,28 @@ class Story:
         )
         print(self.events[-1], flush=True)
 
+    def lose_the_rendezvous(self) -> None:
+        """node1 loses power, and closes no connection: wait until the other agents have stopped by themselves."""
+        begun = time.monotonic()
+        self.hosts.cable("node1", "down")
+        self.hosts.power_off("node1")
+        left = [host for host, agent in self.agents.items() if agent.poll() is None and host != "node1"]
+        statuses = [self.agents[host].wait(180) for host in left]
+        seconds = round(time.monotonic() - begun, 1)
+        said = [
+            line for line in self.log.read_text(errors="replace").splitlines() if "RendezvousConnectionError:" in line
+        ]
+        self.events.append(
+            {
+                "event": "node1, which runs the rendezvous, loses power: the others stop by themselves",
+                "step": max(saved_steps(self.run)),
+                "status_of_the_agents": statuses,
+                "seconds_until_they_have_stopped": seconds,
+                "last_words": said[-1],
+            }
+        )
+        print(self.events[-1], flush=True)
+
     def starts(self) -> list[int]:
         """The number of ranks of every start so far."""
         lines = self.log.read_text(errors="replace").splitlines()
@@ -76,16 +99,23 @@ class Story:
 
 def tell(story: Story) -> None:
     """All that happens, to the end of the training."""
-    story.happens("three hosts start", lambda: [story.start(f"node{n}") for n in (1, 2, 3)] and None, 3)
+    nodes = ("node1", "node2", "node3")
+    give_up_early(story.hosts, *nodes)
+    story.happens("three hosts start", lambda: story.start(*nodes), 3)
     story.happens("the agent of node3 is killed", lambda: story.kill_agent("node3"), 2)
     story.happens("node3 returns", lambda: story.start("node3"), 3)
     story.happens("the cable of node2 is pulled", lambda: story.hosts.cable("node2", "down"), 2)
-    story.agents["node2"].terminate()
+    story.events[-1]["status_of_its_agent"] = story.agents["node2"].wait(60)
     story.hosts.cable("node2", "up")
     story.happens("node2 returns", lambda: story.start("node2"), 3)
     story.happens("node3 loses power", lambda: story.hosts.power_off("node3"), 2)
+    story.lose_the_rendezvous()
+    left = nodes[1:]
+    story.happens("started again on node2 and node3, to meet on node2", lambda: story.start(*left, meet_on="node2"), 2)
+    story.hosts.cable("node1", "up")
+    story.happens("node1 returns, and meets them there", lambda: story.start("node1", meet_on="node2"), 3)
     wait_until((story.run / "summary.json").exists, "the end of the training", 300)
-    statuses = [story.agents[host].wait(60) for host in ("node1", "node2")]
+    statuses = [story.agents[host].wait(60) for host in nodes]
     story.events.append({"event": "the training ends", "status_of_the_agents": statuses})
 
 
@@ -106,6 +136,8 @@ def main(output: Path) -> int:
         "command": "python tests/parts/elastic_story.py",
         "torch": torch.__version__,
         "config": ["configs/digits.yaml", *TRAINING],
+        "torchrun": f"--rdzv-conf={RENDEZVOUS}",
+        "kernel": f"net.ipv4.tcp_retries2={TCP_RETRIES}",
         "events": story.events,
         "weights_bit_identical_to_one_undisturbed_process": same,
     }
