@@ -1,18 +1,20 @@
-"""Writes the README's figures from the JSON files under results/; nothing in that block is typed by hand.
+"""Writes the README's figures from the JSON files under results/; nothing in these blocks is typed by hand.
 
-python benchmarks/readme_figures.py           # writes the block
-python benchmarks/readme_figures.py --check   # exit status 1 if it is not what the files say
+python benchmarks/readme_figures.py           # writes the blocks
+python benchmarks/readme_figures.py --check   # exit status 1 if they are not what the files say
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from largebatch.benchmark.tables import Table, as_markdown, breakdown_table, scaling_table, tune_table
+
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- measured:begin -->\n", "<!-- measured:end -->\n"
 
 
 def read(name: str) -> Any:
@@ -49,22 +51,63 @@ def rows() -> list[tuple[str, str]]:
     ]
 
 
-def block() -> str:
-    environment = read("train/main_job.json")["environment"]
-    machine = (
-        f"{environment['cpu']['model']}, {environment['cpu']['cores']} cores, torch "
-        f"{environment['packages']['torch']}, Python {environment['python']}"
+def machine(environment: Mapping[str, Any]) -> str:
+    cpu, packages = environment["cpu"], environment["packages"]
+    return f"{cpu['model']}, {cpu['cores']} cores, torch {packages['torch']}, Python {environment['python']}"
+
+
+def measured() -> str:
+    table: Table = (["what", "measured"], [list(row) for row in rows()])
+    where = machine(read("train/main_job.json")["environment"])
+    return f"On {where}; files and commands under `results/`.\n\n{as_markdown(table)}\n"
+
+
+def benchmark() -> str:
+    folder = "results/benchmark/resnet20_cpu"
+    found = read("benchmark/resnet20_cpu/benchmark.json")
+    measurements = found["measurements"]
+    rounds = len({window["round"] for window in measurements[0]["windows"]})
+    head = (
+        f"`torchrun --standalone --nproc-per-node=2 -m largebatch {found['command']}` on "
+        f"{machine(found['environment'])}, gloo, one thread a rank; medians of {rounds} interleaved rounds ± half the "
+        f"interquartile range ([{folder}]({folder}/benchmark.md))."
     )
-    lines = [f"On {machine}; files and commands under `results/`.\n", "| what | measured |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {what} | {value} |" for what, value in rows())]) + "\n"
+    pictures = "\n".join(
+        f"![{what}]({folder}/{name}.png)"
+        for name, what in (("throughput", "Throughput against ideal"), ("breakdown", "Where the step goes"))
+    )
+    tables = [scaling_table(measurements), breakdown_table(measurements), tune_table(found["tune"])]
+    return "\n\n".join([head, *map(as_markdown, tables), pictures, against_ddp()]) + "\n"
+
+
+def against_ddp() -> str:
+    head = ["reduction", "virtual workers a rank", "efficiency", "of plain DDP", "ratio"]
+    cells = [
+        [
+            found["reduction"],
+            str(found["workers_per_rank"]),
+            f"{100 * found['efficiency_ours']:.1f} %",
+            f"{100 * found['efficiency_plain']:.1f} %",
+            f"{found['ratio_of_efficiencies']:.3f} ± {found['spread'] / 2:.3f}",
+        ]
+        for found in read("benchmark/ddp_comparison.json")["found"]
+    ]
+    return (
+        "Weak-scaling efficiency at N = 2 beside that of a DistributedDataParallel loop written by hand, same model "
+        "and micro-batches, windows interleaved (`benchmarks/ddp_comparison.py`):\n\n" + as_markdown((head, cells))
+    )
+
+
+BLOCKS = {"measured": measured, "benchmark": benchmark}
 
 
 def main() -> None:
     path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    written = before + BEGIN + block() + END + after
+    text = written = path.read_text(encoding="utf-8")
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
+        before, rest = written.split(begin)
+        written = before + begin + block() + end + rest.split(end)[1]
     if "--check" in sys.argv:
         sys.exit(written != text)
     path.write_text(written, encoding="utf-8")

@@ -110,8 +110,8 @@ def _step_time(measurements: Measurements) -> Any:
                 textcoords="offset points",
                 xytext=(6, 6),
             )
-    axes.set_ylim(bottom=0)
     axes.margins(x=0.1, y=0.15)
+    axes.set_ylim(bottom=0)  # last: it ends the scaling that makes the margins
     axes.set_xlabel("minibatch (images)")
     axes.set_ylabel("time of a step (ms; bars: middle half of the rounds)")
     axes.grid(alpha=0.3)
