@@ -88,7 +88,7 @@ def against_ddp() -> str:
             str(found["workers_per_rank"]),
             f"{100 * found['efficiency_ours']:.1f} %",
             f"{100 * found['efficiency_plain']:.1f} %",
-            f"{found['ratio_of_efficiencies']:.3f} ± {found['spread'] / 2:.3f}",
+            "{:.3f} ({:.3f} to {:.3f})".format(found["ratio_of_efficiencies"], *found["interval"]),
         ]
         for found in read("benchmark/ddp_comparison.json")["found"]
     ]

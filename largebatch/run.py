@@ -72,14 +72,17 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
             )
         )
         stack.enter_context(name_lost_ranks(ranks))
-        check_alike(config, ranks)
+        check_alike(
+            {"config": digest(config), "code of largebatch": code_digest(), "version of torch": torch.__version__},
+            ranks,
+        )
         finished = ranks.from_main(lambda: _open_folder(run_dir, resume, stack))
         return finished or _train_connected(config, run_dir, name, ranks, stop_request)
 
 
-def check_alike(config: Config, ranks: Ranks) -> None:
-    """Raise UserError, on all ranks, unless all of them were started with one config and one code."""
-    own = {"config": digest(config), "code of largebatch": code_digest(), "version of torch": torch.__version__}
+def check_alike(own: dict[str, str], ranks: Ranks) -> None:
+    """Raise UserError, on all ranks, unless what this rank has is what all of them have: `own`, from what it is to a
+    hash of it."""
     everyone = ranks.gather(own)
     for what, value in everyone[0].items():
         odd = [rank for rank, theirs in enumerate(everyone) if theirs[what] != value]
@@ -171,6 +174,8 @@ def _train_connected(
     config: Config, run_dir: Path, name: str, ranks: Ranks, stop_request: StopRequest
 ) -> dict[str, Any]:
     sources = load(config.data, seed=config.seed, device=ranks.device)
+    train, validation = (source.fingerprint() for source in sources)
+    check_alike({"training set": train, "validation set": validation}, ranks)
     checkpoints = CheckpointFolder(run_dir / _CHECKPOINTS, keep=config.checkpoint.keep)
     data = ranks.broadcast(checkpoints.newest(_warn) if ranks.is_main else None)
     state = None if data is None else deserialise(data, ranks.device)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from survive import Fleet, newest_step, training
 
+from largebatch.data.known import Split
 from largebatch.distributed.environment import RENDEZVOUS
 from largebatch.errors import DataError
 from largebatch.training.trainer import Trainer
@@ -135,4 +136,25 @@ def test_configs_that_differ(tmp_path: Path) -> None:
         for outcome in fleet.outcomes(timeout=SOON + 15):
             assert outcome.status == 2
             assert "the config on rank 1 is not that of rank 0" in outcome.err
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def _swap_images(rank: int) -> None:
+    """On rank 1's machine the files of the data set are in another order."""
+    from largebatch.data import load
+
+    read = load.read_known
+
+    def swapped(name: str, root: Path) -> tuple[Split, Split]:
+        (images, labels), validation = read(name, root)
+        return (images.flip(0), labels.flip(0)) if rank == 1 else (images, labels), validation
+
+    load.read_known = swapped
+
+
+def test_data_that_differ(tmp_path: Path) -> None:
+    with Fleet(3, *training(tmp_path), prepare=_swap_images) as fleet:
+        for outcome in fleet.outcomes(timeout=SOON + 15):
+            assert outcome.status == 2
+            assert "the training set on rank 1 is not that of rank 0" in outcome.err
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -95,8 +95,10 @@ def messages(algorithm: str, size: float, layout: Layout, rate: float) -> dict[s
         # Across nodes every message waits for the one between two of them; the ring leaves each node once.
         inside, between = (inside, (0.0, 0.0)) if s == 1 else ((0.0, 0.0), (2.0 * (n - 1), _volume(n)))
     elif algorithm == "direct":
-        # Nothing is added up inside a node first, so its link carries what each of its ranks sends away.
-        inside, between = (2.0 * (m - 1), 2.0 * (m - 1) / n), (2.0 * (n - m), 2.0 * m * (n - m) / n)
+        # Nothing is added up inside a node first, so its link carries what each of its ranks sends away. Messages to
+        # several ranks go at once; two ranks need one where more need two that follow one another.
+        turns = 1.0 if n == 2 else 2.0
+        inside, between = (turns * (m > 1), 2.0 * (m - 1) / n), (turns * (s > 1), 2.0 * m * (n - m) / n)
     return {
         "latency_inside": inside[0],
         "seconds_per_byte_inside": inside[1] * size,

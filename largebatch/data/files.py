@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,10 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
+    def fingerprint(self) -> str:
+        """See `ImageSource.fingerprint`."""
+        ...
+
     def picture(self, index: int) -> tuple[Picture, int]:
         """A picture and its label. Raises DataError, naming the file."""
         ...
@@ -61,6 +66,10 @@ class FolderPictures:
     def __len__(self) -> int:
         return len(self._files)
 
+    def fingerprint(self) -> str:
+        """Of the files' names, which hold the class; their bytes would take hours."""
+        return hashlib.sha256(b"\n".join(self._files.tolist())).hexdigest()
+
     def picture(self, index: int) -> tuple[Picture, int]:
         path = os.path.join(self._folder, os.fsdecode(self._files[index]))
         return open_picture(path), int(self._labels[index])
@@ -78,6 +87,10 @@ class DatasetPictures:
 
     def __len__(self) -> int:
         return self._count
+
+    def fingerprint(self) -> str:
+        """Of the number of images alone: all else is the dataset's own."""
+        return str(self._count)
 
     def picture(self, index: int) -> tuple[Picture, int]:
         try:
@@ -167,6 +180,10 @@ class PictureSource:
         self._normalise = Normalise(mean, std, self.shape, device)
         self.skipped = 0
         self._known_bad: set[str] = set()
+
+    def fingerprint(self) -> str:
+        """See `ImageSource.fingerprint`."""
+        return self._pictures.fingerprint()
 
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""

@@ -31,6 +31,10 @@ class ImageSource(Protocol):
     skipped: int
     """Pictures in whose place another was given so far, in this process (`data.on_error: skip`)."""
 
+    def fingerprint(self) -> str:
+        """A hash of what the set holds and in which order, as far as it can be told without reading every file."""
+        ...
+
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """One (float32 [n, C, H, W], int64 [n]) for each pass, in order; `passes` may be endless.
 

@@ -84,7 +84,8 @@ class TreeAllReduce:
     Rank q owns chunk q of the buffer. Every rank sends each owner that chunk of its partial sums (one per
     maximal subtree of its block of leaves); the owner adds them in the tree's order, and sends the result to
     all. With aligned blocks a rank sends 2 (N-1)/N of the buffer, as a ring does. It goes from and to the
-    buffers themselves, point to point: gloo's own all-to-all uses a link in one direction at a time.
+    buffers themselves, point to point: gloo's own all-to-all uses a link in one direction at a time. Two ranks with
+    a subtree each rather send each other all of it, and each adds all: as many bytes, and half the messages.
 
     The second half of one buffer is started when the next buffer arrives (or at `flush`): every rank then
     issues its messages in the same order, and the backward pass waits for a buffer only when the network
@@ -97,6 +98,7 @@ class TreeAllReduce:
         self._nodes: list[list[Node]] = [subtrees(block, leaves) for block in blocks]
         self._root: Node = (0, leaves)
         self._others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+        self._all_own_all = [len(nodes) for nodes in self._nodes] == [1, 1]
         self._newest: _Exchange | None = None
         self._gathering: list[_Exchange] = []
         self._received: list[Tensor] = []
@@ -135,6 +137,8 @@ class TreeAllReduce:
 
     def _chunk(self, elements: int, owner: int) -> slice:
         """What `owner` owns of a buffer: the last chunks may be short, or empty."""
+        if self._all_own_all:
+            return slice(0, elements)
         size = -(-elements // self._ranks.world_size)
         return slice(min(owner * size, elements), min((owner + 1) * size, elements))
 
@@ -158,7 +162,7 @@ class TreeAllReduce:
         return _Exchange(parts, received, _post(messages), tag, device, total)
 
     def _add_and_gather(self, exchange: _Exchange) -> None:
-        """Add the chunk that this rank owns in the tree's order, and send it to all."""
+        """Add the chunk that this rank owns in the tree's order, and send it to all who have not done so too."""
         _wait(exchange.works)
         result = exchange.parts[-1]
         own = self._chunk(result.numel(), self._ranks.rank)
@@ -166,7 +170,7 @@ class TreeAllReduce:
         result[own] = combine(self._root, exchange.received | dict(held), Tensor.add_)
         tag = exchange.tag + _TAGS - 1
         messages = []
-        for rank in self._others:
+        for rank in [] if self._all_own_all else self._others:
             chunk = self._chunk(result.numel(), rank)
             messages.append(self._message(dist.irecv, result[chunk], rank, tag))
             messages.append(self._message(dist.isend, result[own], rank, tag))

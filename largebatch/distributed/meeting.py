@@ -56,11 +56,7 @@ def call_roll(store: dist.Store, *, rank: int, world_size: int, backend: str, ti
         if store.check(["objection"]):
             raise UserError(store.get("objection").decode())
         if time.monotonic() > deadline:
-            missing = [str(other) for other in range(world_size) if not store.check([f"rank/{other}"])]
-            raise UserError(
-                f"rank {', '.join(missing)} of {world_size} did not come within {timeout.total_seconds() / 60:g} "
-                "minutes (execution.timeout_minutes); look at what that process says, and whether it reaches this host"
-            )
+            raise _missing(store, "rank", range(world_size), timeout)
         time.sleep(_POLL_SECONDS)
         here = store.add("here", 0)
 
@@ -74,7 +70,10 @@ def name_attempt(store: dist.Store, *, rank: int, world_size: int, timeout: date
     if rank == 0:
         name = f"{world_size}-{uuid.uuid4().hex}"
         store.set("attempt", name)
-        store.wait([f"{name}/{other}" for other in range(1, world_size)], timeout)
+        try:
+            store.wait([f"{name}/{other}" for other in range(1, world_size)], timeout)
+        except dist.DistStoreError as error:
+            raise _missing(store, name, range(1, world_size), timeout) from error
         store.set(f"{name}/go", "")
         return name
     deadline = time.monotonic() + timeout.total_seconds()
@@ -89,6 +88,15 @@ def name_attempt(store: dist.Store, *, rank: int, world_size: int, timeout: date
             return name
         time.sleep(_POLL_SECONDS)
     raise UserError(f"not all of the {world_size} ranks came within {timeout.total_seconds() / 60:g} minutes")
+
+
+def _missing(store: dist.Store, prefix: str, ranks: range, timeout: datetime.timedelta) -> UserError:
+    """The error that names those of `ranks` that have left nothing in the store."""
+    missing = [str(rank) for rank in ranks if not store.check([f"{prefix}/{rank}"])]
+    return UserError(
+        f"rank {', '.join(missing)} of {ranks.stop} did not come within {timeout.total_seconds() / 60:g} minutes "
+        "(execution.timeout_minutes); look at what that process says, and whether it reaches this host"
+    )
 
 
 def _object(store: dist.Store, text: str) -> None:
