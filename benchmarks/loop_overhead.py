@@ -5,6 +5,8 @@ python benchmarks/loop_overhead.py CONFIG OUT.json
     format, micro-batches and data; the ratio is images/s of ours over the bare loop's.
 torchrun --standalone --nproc-per-node=2 benchmarks/loop_overhead.py CONFIG OUT.json
     N > 1: reduction `reproducible` against `fast`.
+python benchmarks/loop_overhead.py CONFIG OUT.json --noise-scale
+    Steps that measure the gradient noise scale, each of them, against steps that do not.
 """
 
 from __future__ import annotations
@@ -39,8 +41,12 @@ PAIRS = 120
 Window = Callable[[], None]
 
 
-def our_window(config: Config, ranks: Ranks, sources: tuple[ImageSource, ImageSource]) -> Window:
-    """A window of steps as `largebatch train` runs them."""
+def our_window(
+    config: Config, ranks: Ranks, sources: tuple[ImageSource, ImageSource], *, noise: bool = False
+) -> Window:
+    """A window of steps as `largebatch train` runs them; with `noise`, each measures the gradient noise scale."""
+    if noise:
+        config = config.model_copy(update={"logging": config.logging.model_copy(update={"noise_scale_every_steps": 1})})
     plan = make_plan(
         config, name="", world_size=ranks.world_size, train_images=sources[0].images, val_images=sources[1].images
     )
@@ -64,6 +70,7 @@ def our_window(config: Config, ranks: Ranks, sources: tuple[ImageSource, ImageSo
                 lr=0.01,
                 autocast=trainer.autocast,
                 scaler=trainer.scaler,
+                measure_noise=noise,
             )
         _wait(ranks)
 
@@ -123,15 +130,18 @@ def time_pairs(first: Window, second: Window, ranks: Ranks) -> list[tuple[float,
 
 
 def main() -> None:
-    config = load_config(Path(sys.argv[1]), sys.argv[3:], Config)
+    noise = "--noise-scale" in sys.argv
+    config = load_config(Path(sys.argv[1]), [argument for argument in sys.argv[3:] if "=" in argument], Config)
     with connect(device=config.execution.device, threads=config.execution.threads) as ranks:
         sources = load(config.data, seed=config.seed, device=ranks.device)
         reproducible = config.model_copy(
             update={"execution": config.execution.model_copy(update={"reduction": "reproducible"})}
         )
         fast = config.model_copy(update={"execution": config.execution.model_copy(update={"reduction": "fast"})})
-        first = our_window(reproducible, ranks, sources)
-        if ranks.world_size == 1:
+        first = our_window(reproducible, ranks, sources, noise=noise)
+        if noise:
+            second, compared = our_window(reproducible, ranks, sources), "the same without the gradient noise scale"
+        elif ranks.world_size == 1:
             second, compared = bare_window(config, ranks, sources), "a bare PyTorch loop"
         else:
             second, compared = our_window(fast, ranks, sources), "reduction fast"

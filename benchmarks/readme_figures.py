@@ -47,6 +47,10 @@ def rows() -> list[tuple[str, str]]:
         ),
         ("images/s of the training step over a bare PyTorch loop's, one rank", ratio("train/loop_n1.json")),
         ("images/s of `reproducible` over `fast`, two ranks, k = 16", ratio("train/loop_n2.json")),
+        (
+            "images/s of steps that each measure the gradient noise scale over steps that do not, k = 16",
+            ratio("train/noise_scale.json"),
+        ),
         ("images/s of the JPEG path over torchvision's reference transform, one core", jpeg()),
     ]
 

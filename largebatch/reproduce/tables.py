@@ -86,6 +86,10 @@ def readme_block(results: Sequence[Result], folder: str) -> str:
             results_table(result),
             *_verdicts(result),
             *([result["knee"]["words"]] if result["knee"] else []),
+            "\n".join(
+                f"![{result['settings']['title']}, {plot['name']}]({folder}/{name}_{plot['name']}.png)"
+                for plot in result["plots"]
+            ),
             f"`{provenance['command']}` on {'; '.join(provenance['machines'])}, {_duration(provenance)}; [report]"
             f"({folder}/{name}.md)",
         ]
