@@ -24,15 +24,16 @@ from largebatch.benchmark.options import Options, parse_rate
 from largebatch.benchmark.performance import Layout, predict
 
 ROOT = Path(__file__).parents[1]
-SEEN_RATES, SEEN_HOSTS = ("100mbit", "400mbit"), (2, 3)
+SEEN_RATES, UNSEEN_RATE = ("100mbit", "400mbit"), "200mbit"
 ENVIRONMENT = ("platform", "python", "packages", "cpu", "memory", "threads", "git")
-UNSEEN_RATE, UNSEEN_HOSTS = "200mbit", 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/benchmark/mlp_network.yaml")
     parser.add_argument("--reduction", action="append", choices=("reproducible", "fast"), help="default: both")
+    parser.add_argument("--seen-hosts", default="2,3", help="the model is fitted to these (default: %(default)s)")
+    parser.add_argument("--unseen-hosts", type=int, default=4, help="and predicts these (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=0.10, help="largest relative error")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -44,14 +45,18 @@ def main() -> None:
     results = [check(arguments, reduction) for reduction in arguments.reduction or ("reproducible", "fast")]
     for result in results:
         print(
-            f"{result['reduction']}: {UNSEEN_HOSTS} hosts at {UNSEEN_RATE}: predicted "
+            f"{result['reduction']}: {arguments.unseen_hosts} hosts at {UNSEEN_RATE}: predicted "
             f"{1000 * result['predicted']['step']:.1f} ms, measured {1000 * result['measured']['step']:.1f} ms, error "
-            f"{100 * result['error']:+.1f} %; leave-one-out {100 * result['leave_one_out_error']:.1f} %"
+            f"{100 * result['error']:+.1f} %; leave-one-out {percent(result['leave_one_out_error'])}"
         )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     sys.exit(any(abs(result["error"]) > arguments.limit for result in results))
+
+
+def percent(error: float | None) -> str:
+    return "unknown" if error is None else f"{100 * error:.1f} %"
 
 
 def run_rank(config: Path, rounds: int, counts: str, rate: str, reduction: str, folder: str) -> None:
@@ -75,12 +80,13 @@ def run_rank(config: Path, rounds: int, counts: str, rate: str, reduction: str, 
 
 def check(arguments: argparse.Namespace, reduction: str) -> dict[str, Any]:
     """Fit to what is seen, predict and measure what is not."""
-    seen = [measure(arguments, reduction, rate, SEEN_HOSTS) for rate in SEEN_RATES]
+    hosts = tuple(int(count) for count in arguments.seen_hosts.split(","))
+    seen = [measure(arguments, reduction, rate, hosts) for rate in SEEN_RATES]
     made = fit(seen)
-    layout = Layout(UNSEEN_HOSTS, 1)
+    layout = Layout(arguments.unseen_hosts, 1)
     rate = parse_rate(UNSEEN_RATE, "rate")
     predicted = predict(made.parameters, made.sent, layout, algorithm=made.algorithm, rate=rate)
-    unseen = measure(arguments, reduction, UNSEEN_RATE, (UNSEEN_HOSTS,))
+    unseen = measure(arguments, reduction, UNSEEN_RATE, (arguments.unseen_hosts,))
     (measured,) = unseen["measurements"]
     return {
         "reduction": reduction,
