@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,19 @@ def test_a_node_without_the_interpreter_ends_the_job_at_once(slurm: Hosts, tmp_p
     job = slurm.run("switch", *command, **(SETTINGS | {"PYTHON": "/nowhere/python"})).strip()
     wait_until(lambda: states(slurm, job) == ["FAILED"], "the end of the job", 20)
     assert "PYTHON=/nowhere/python is no program here" in log.read_text()
+
+
+def test_the_benchmark_over_two_nodes(slurm: Hosts, tmp_path: Path) -> None:
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    config = ROOT / "configs/benchmark/mlp_network.yaml"
+    options = ["--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    arguments = ["--ranks", "1,2", "--rounds", "2", "--run-dir", run_dir, "--measured-network", "1gbit"]
+    command = ["sbatch", "--parsable", *options, ROOT / "launch/slurm_benchmark.sbatch", config, *arguments]
+    finish(slurm, slurm.run("switch", *command, PYTHON=sys.executable).strip(), log)
+    found = json.loads((run_dir / "benchmark.json").read_text())
+    assert [(m["world_size"], m["ddp"]) for m in found["measurements"]] == [(1, False), (1, True), (2, True)]
+    assert found["ranks_per_node"] == 1
+    assert (run_dir / "throughput.png").exists()
 
 
 class TestVariables:
