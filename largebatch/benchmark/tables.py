@@ -19,7 +19,10 @@ Table = tuple[list[str], list[list[str]]]
 
 def scaling_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each measurement: its speed, and its efficiency against every baseline by name."""
-    baselines = list(dict.fromkeys(name for m in measurements for name in m["efficiencies"]))
+    baselines = sorted(
+        dict.fromkeys(name for m in measurements for name in m["efficiencies"]),
+        key=lambda name: name != measurements[0]["baseline"],
+    )
     head = ["mode", "N", "kn", "step ms", "images/s", *(f"efficiency vs {name}" for name in baselines), "slowest rank"]
     rows = []
     for m in measurements:

@@ -17,6 +17,7 @@ _LABELS = {
     "global_batch": "minibatch kn (images)",
     "peak_lr": "learning rate",
 }
+_LOG_FROM = 4.0
 _STDS = 2.0  # Figure 1 has bars of two standard deviations
 Result = Mapping[str, Any]
 
@@ -69,16 +70,21 @@ def _draw_curves(axes: Any, rows: Sequence[Result], result: Result) -> None:
 
 
 def _draw_sweep(axes: Any, rows: Sequence[Result], x: str, result: Result) -> None:
-    """What was measured with bars of two standard deviations, and the paper's beside it where it has the same x."""
+    """What was measured with bars of two standard deviations, and beside it what the paper has for the same rows."""
     lines: dict[str, list[Result]] = {}
     for row in rows:
         lines.setdefault(row["line"], []).append(row)
     for name, members in lines.items():
         _draw_bars(axes, _points(members, x, "result"), label=name or "here")
-    _draw_bars(axes, _points(rows, x, "paper"), label="the paper", color="#9d9d9d", linestyle=":")
+    _draw_bars(axes, _points(rows, x, "paper"), label="the paper, same rows", color="#9d9d9d", linestyle=":")
     if result.get("knee") and x == "global_batch":
         _draw_knee(axes, result["knee"])
     axes.set_xscale("log", base=2 if x == "global_batch" else 10)
+    shown = [row["result"]["mean"] for row in rows if row["result"]]
+    if shown and max(shown) > _LOG_FROM * min(shown) > 0:
+        axes.set_yscale("log")  # or the errors of trainings that failed would flatten all others
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")
     axes.set_xlabel(_LABELS[x])
     axes.set_ylabel(_LABELS[result["settings"]["measure"]])
 
