@@ -6,6 +6,7 @@ import datetime
 import os
 import time
 import uuid
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.distributed_c10d import rendezvous
 from largebatch.errors import UserError
 
 _POLL_SECONDS = 0.05
+_LINGER_SECONDS = 10.0
 
 
 def open_store(init_method: str, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
@@ -41,20 +43,22 @@ def call_roll(store: dist.Store, *, rank: int, world_size: int, backend: str, ti
     torch itself would wait for its whole timeout in each of these cases, or for ever.
     """
     own = f"WORLD_SIZE={world_size}, backend {backend}"
+    store.add("arrived", 1)
     if store.add(f"rank/{rank}", 1) > 1:
         _object(
             store,
+            rank,
             f"two processes say that they are rank {rank} of {world_size}; give each its own RANK (torchrun and srun "
             "do), and let no process of an earlier start, nor its rendezvous file, be there any more",
         )
     theirs = store.compare_set("group", "", own).decode()
     if theirs != own:
-        _object(store, f"rank {rank} was started with {own}, another rank with {theirs}; start all of them alike")
+        _object(store, rank, f"rank {rank} was started with {own}, another rank with {theirs}; start all of them alike")
     deadline = time.monotonic() + timeout.total_seconds()
     here = store.add("here", 1)
     while here < world_size:
         if store.check(["objection"]):
-            raise UserError(store.get("objection").decode())
+            _leave(store, rank, store.get("objection").decode())
         if time.monotonic() > deadline:
             raise _missing(store, "rank", range(world_size), timeout)
         time.sleep(_POLL_SECONDS)
@@ -99,6 +103,15 @@ def _missing(store: dist.Store, prefix: str, ranks: range, timeout: datetime.tim
     )
 
 
-def _object(store: dist.Store, text: str) -> None:
+def _object(store: dist.Store, rank: int, text: str) -> NoReturn:
     store.set("objection", text)
+    _leave(store, rank, text)
+
+
+def _leave(store: dist.Store, rank: int, text: str) -> NoReturn:
+    """Raise UserError; rank 0, whose process may hold the store, gives the others the time to read it there."""
+    store.add("heard", 1)
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while rank == 0 and time.monotonic() < deadline and store.add("heard", 0) < store.add("arrived", 0):
+        time.sleep(_POLL_SECONDS)
     raise UserError(text)
