@@ -9,7 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from largebatch.training.optimizer import LrInsideSGD, make_optimizer, parameter_groups, set_lr
+from largebatch.training.momentum import LrInsideSGD
+from largebatch.training.optimizer import make_optimizer, parameter_groups, set_lr
 from largebatch.training.settings import OptimizerSettings
 
 RATES = [0.1, 0.2, 0.4, 0.8, 0.8, 0.08, 0.08, 0.008]  # warmup, peak, two decays

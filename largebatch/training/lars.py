@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from largebatch.models.normalisation import batchnorm_modules
+from largebatch.training.momentum import MomentumOptimizer
 
 
 def lars_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def lars_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-class LARS(Optimizer):
+class LARS(MomentumOptimizer):
     """Momentum SGD whose learning rate is each layer's own.
 
     For the weights w of a layer with gradient g: r = trust |w| / (|g| + λ|w|), v = m v + η r (g + λ w), w = w - v.
@@ -36,25 +36,13 @@ class LARS(Optimizer):
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "adapt": True})
         self._trust = trust_coefficient
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update with the gradients in ``p.grad`` (parameters without one are left alone)."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(group, parameters)
-
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        weights: list[Tensor] = [p.detach() for p in parameters]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+    def _update(
+        self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor]
+    ) -> None:
         decay = group["weight_decay"]
         updates = list(torch._foreach_add(gradients, weights, alpha=decay))
         if group["adapt"]:
             torch._foreach_mul_(updates, self._ratios(weights, gradients, decay))
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates, alpha=group["lr"])
         torch._foreach_sub_(weights, buffers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.optim import SGD, Optimizer
 
 from largebatch.models.normalisation import batchnorm_modules
 from largebatch.training.lars import LARS, lars_groups
+from largebatch.training.momentum import LrInsideSGD
 from largebatch.training.settings import OptimizerSettings
 
 
@@ -86,53 +86,3 @@ def update_if_finite(optimizer: Optimizer, scaler: torch.amp.GradScaler, loss: T
     elif not not_finite:
         optimizer.step()
     return not_finite
-
-
-class LrInsideSGD(Optimizer):
-    """Momentum SGD with the learning rate inside the buffer, form (10) of the paper: v = m v + η g; w = w - v.
-
-    With `corrected`, v is multiplied by η_new/η_old whenever η changes (momentum correction), and the
-    trajectory is that of torch.optim.SGD; without, it is remark 2's pitfall.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        lr: float = 0.0,
-        momentum: float = 0.9,
-        nesterov: bool = True,
-        corrected: bool = True,
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "buffer_lr": 0.0}
-        super().__init__(params, defaults)
-        self._nesterov = nesterov
-        self._corrected = corrected
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update with the gradients in ``p.grad`` (parameters without one are left alone)."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(group, parameters)
-
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
-        weights: list[Tensor] = [p.detach() for p in parameters]
-        found = [p.grad for p in parameters if p.grad is not None]
-        gradients = list(torch._foreach_add(found, weights, alpha=group["weight_decay"]))
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        change = lr / group["buffer_lr"] if self._corrected and group["buffer_lr"] > 0 else 1.0
-        torch._foreach_mul_(buffers, momentum * change)
-        torch._foreach_add_(buffers, gradients, alpha=lr)
-        group["buffer_lr"] = lr
-        if self._nesterov:
-            torch._foreach_mul_(gradients, lr)
-            torch._foreach_add_(gradients, buffers, alpha=momentum)
-            torch._foreach_sub_(weights, gradients)
-        else:
-            torch._foreach_sub_(weights, buffers)
