@@ -35,7 +35,7 @@ scales:
     config:
       data: {{train_images: 256, val_images: 60}}
       batch: {{images_per_worker: 8}}
-      schedule: {{reference_batch: 64, epochs: 6}}
+      schedule: {{reference_batch: 64, epochs: 20}}
       checkpoint: {{every_steps: 3}}
     seeds: 2
 """
@@ -67,7 +67,8 @@ def timeless(files: dict[str, bytes]) -> dict[str, Any]:
     return {**files, "small.json": result, "small.md": text}
 
 
-def test_killed_at_random_points_it_reports_the_same(experiment: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_killed_ten_times_at_random_points_it_reports_the_same(experiment: Path, tmp_path: Path) -> None:
     whole = call("reproduce", "run", *arguments(experiment, tmp_path / "whole"), "--jobs", "2")
     assert whole.status == 0, whole.out + whole.err
     assert "4 runs (2 more are the same as one of these)" in whole.out
@@ -77,7 +78,7 @@ def test_killed_at_random_points_it_reports_the_same(experiment: Path, tmp_path:
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "largebatch", "reproduce", "run", *arguments(experiment, out), "--jobs", "2"]
     draw = random.Random(1)
-    for life in range(4):
+    for life in range(10):
         runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         metrics = out / "smoke/runs"
         before = {path: path.stat().st_size for path in metrics.glob("*/metrics.jsonl")}
@@ -87,6 +88,7 @@ def test_killed_at_random_points_it_reports_the_same(experiment: Path, tmp_path:
                 break  # something moves
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.5))
+        assert runner.poll() is None, "it came to its end before it was killed"
         if life % 2:
             os.killpg(runner.pid, signal.SIGKILL)  # everybody at once
         else:
@@ -100,7 +102,7 @@ def test_killed_at_random_points_it_reports_the_same(experiment: Path, tmp_path:
 
 
 def test_what_is_done_is_not_done_again_and_what_changed_is_told(experiment: Path, tmp_path: Path) -> None:
-    one_seed = EXPERIMENT.replace("seeds: 2", "seeds: 1").replace("epochs: 6", "epochs: 4")
+    one_seed = EXPERIMENT.replace("seeds: 2", "seeds: 1").replace("epochs: 20", "epochs: 4")
     experiment.write_text(one_seed)
     asked = arguments(experiment, tmp_path / "out")
     assert call("reproduce", "run", *asked).status == 0
@@ -121,7 +123,7 @@ def test_what_is_done_is_not_done_again_and_what_changed_is_told(experiment: Pat
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(experiment: Path, tmp_path: Path) -> None:
-    text = EXPERIMENT.replace("seeds: 2", "seeds: 1").replace("epochs: 6", "epochs: 4")
+    text = EXPERIMENT.replace("seeds: 2", "seeds: 1").replace("epochs: 20", "epochs: 4")
     text = text.replace("name: large,", "name: large, config: {execution: {device: cuda}},")
     text = text.replace("name: large again,", "name: diverges, config: {schedule: {reference_lr: 1.0e+6}},")
     experiment.write_text(text)
@@ -146,7 +148,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(experiment: Path, tmp_pat
 
 
 def test_the_readme_gets_a_block_and_nothing_else(experiment: Path, tmp_path: Path) -> None:
-    experiment.write_text(EXPERIMENT.replace("seeds: 2", "seeds: 1").replace("epochs: 6", "epochs: 4"))
+    experiment.write_text(EXPERIMENT.replace("seeds: 2", "seeds: 1").replace("epochs: 20", "epochs: 4"))
     asked = arguments(experiment, tmp_path / "out")
     assert call("reproduce", "run", *asked).status == 0
     readme = tmp_path / "README.md"
