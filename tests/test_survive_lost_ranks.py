@@ -131,14 +131,6 @@ def _lower_rate(rank: int) -> None:
     survive.main = main
 
 
-def test_configs_that_differ(tmp_path: Path) -> None:
-    with Fleet(3, *training(tmp_path), prepare=_lower_rate) as fleet:
-        for outcome in fleet.outcomes(timeout=SOON + 15):
-            assert outcome.status == 2
-            assert "the config on rank 1 is not that of rank 0" in outcome.err
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
 def _swap_images(rank: int) -> None:
     """On rank 1's machine the files of the data set are in another order."""
     from largebatch.data import load
@@ -152,9 +144,10 @@ def _swap_images(rank: int) -> None:
     load.read_known = swapped
 
 
-def test_data_that_differ(tmp_path: Path) -> None:
-    with Fleet(3, *training(tmp_path), prepare=_swap_images) as fleet:
+@pytest.mark.parametrize(("prepare", "what"), [(_lower_rate, "config"), (_swap_images, "training set")])
+def test_what_differs_between_ranks_is_named(tmp_path: Path, prepare: Callable[[int], None], what: str) -> None:
+    with Fleet(3, *training(tmp_path), prepare=prepare) as fleet:
         for outcome in fleet.outcomes(timeout=SOON + 15):
             assert outcome.status == 2
-            assert "the training set on rank 1 is not that of rank 0" in outcome.err
+            assert f"the {what} on rank 1 is not that of rank 0" in outcome.err
     assert not (tmp_path / "metrics.jsonl").exists()

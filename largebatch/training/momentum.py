@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class MomentumOptimizer(Optimizer):
+class MomentumOptimizer(Optimizer, ABC):
     """An optimizer that keeps a buffer of momentum beside each parameter, and updates group by group."""
 
     @torch.no_grad()
@@ -26,11 +27,11 @@ class MomentumOptimizer(Optimizer):
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 self._update(group, weights, gradients, [self.state[p]["momentum_buffer"] for p in parameters])
 
+    @abstractmethod
     def _update(
         self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor]
     ) -> None:
         """Change `weights` and `buffers`, in place; `gradients` are left as they are."""
-        raise NotImplementedError
 
 
 class LrInsideSGD(MomentumOptimizer):
