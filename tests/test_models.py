@@ -101,6 +101,14 @@ def test_small_resnets_have_the_published_size(name: str, millions: float) -> No
     assert len([m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]) == depth
 
 
+def test_a_small_resnet_half_as_wide_has_a_quarter_of_the_weights_between_its_channels() -> None:
+    model = _build("resnet8", (1, 28, 28), width=8)
+    # Weights by hand: the first convolution, six within the stages, BatchNorm's γ and β after each, the classifier.
+    convolutions = 9 * (1 * 8 + 2 * 8 * 8 + (8 * 16 + 16 * 16) + (16 * 32 + 32 * 32))
+    assert _size(model) == convolutions + 2 * (3 * 8 + 2 * 16 + 2 * 32) + 32 * 10 + 10
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_small_resnet_subsamples_and_pads_with_zeros() -> None:
     shortcut = _build("resnet8").layer2[0].downsample
     images = torch.rand(2, 16, 7, 7)
@@ -250,6 +258,8 @@ def test_known_names_are_torchvisions_and_ours() -> None:
         ({"name": "a b:c"}, "not of the form package.module:function"),
         ({"hidden": [3]}, "hidden: .* is for the mlp"),
         ({"name": "mlp", "hidden": [0]}, "at least 1"),
+        ({"width": 8}, "width: 8 is for resnet8, resnet20, resnet32, resnet56; resnet50 does not take it"),
+        ({"name": "resnet8", "width": 0}, "greater than or equal to 1"),
         ({"name": "mlp", "arguments": {"width": 1}}, "arguments: mlp takes none; seen width"),
         ({"initialisation": "own", "last_gamma": 1.0}, "last_gamma: 1 needs initialisation: paper"),
         ({"arguments": {"weights": "DEFAULT"}}, "weights would be overwritten"),

@@ -41,7 +41,8 @@ def _construct(settings: ModelSettings, classes: int, shape: Shape) -> nn.Module
     if settings.name == "mlp":
         return MLP(shape, settings.hidden, classes)
     if settings.name in SMALL_RESNET_BLOCKS:
-        return SmallResNet(SMALL_RESNET_BLOCKS[settings.name], channels=shape[0], classes=classes)
+        blocks = SMALL_RESNET_BLOCKS[settings.name]
+        return SmallResNet(blocks, channels=shape[0], classes=classes, width=settings.width)
     if settings.name in TORCHVISION_NAMES:
         return _torchvision_resnet(settings, classes, channels=shape[0])
     return _own_model(settings, classes, shape)

@@ -47,6 +47,8 @@ class ModelSettings(Section):
     brings along); own: what the model's constructor leaves."""
     hidden: list[int] = Field(default=MLP_HIDDEN)
     """Widths of the hidden layers (mlp only)."""
+    width: int = Field(16, ge=1)
+    """Channels of the first of the three stages (resnet8 to resnet56 only; He et al.: 16)."""
     arguments: dict[str, Any] = Field(default={})
     """Keyword arguments for torchvision's or your own function."""
 
@@ -72,6 +74,9 @@ class ModelSettings(Section):
     def _no_idle_key(self) -> ModelSettings:
         if self.hidden != MLP_HIDDEN and self.name != "mlp":
             raise ValueError(f"hidden: {self.hidden} is for the mlp; {self.name} does not take it")
+        if self.width != 16 and self.name not in SMALL_RESNET_BLOCKS:
+            names = ", ".join(SMALL_RESNET_BLOCKS)
+            raise ValueError(f"width: {self.width} is for {names}; {self.name} does not take it")
         if self.arguments and (self.name == "mlp" or self.name in SMALL_RESNET_BLOCKS):
             raise ValueError(f"arguments: {self.name} takes none; seen {', '.join(self.arguments)}")
         if "num_classes" in self.arguments and self.name in TORCHVISION_NAMES:

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDTHS = (16, 32, 64)
-
 
 class PaddedShortcut(nn.Module):
     """The parameter-free shortcut (option A, He et al.'s on CIFAR): subsample, pad with zero channels."""
@@ -41,14 +39,15 @@ class SmallBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Three stages of ``blocks`` blocks, 16, 32 and 64 channels wide; takes any channels and image size.
+    """Three stages of ``blocks`` blocks, ``width``, twice and four times as many channels wide; takes any channels and
+    image size.
 
     Images of shape (batch, channels, height, width) give logits of shape (batch, classes).
     """
 
-    def __init__(self, blocks: int, channels: int, classes: int) -> None:
+    def __init__(self, blocks: int, channels: int, classes: int, width: int = 16) -> None:
         super().__init__()
-        first, second, third = WIDTHS
+        first, second, third = width, 2 * width, 4 * width
         self.conv1 = nn.Conv2d(channels, first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
         self.layer1 = _stage(blocks, first, first, stride=1)
