@@ -218,6 +218,17 @@ class TestDeviceAndBackend:
     def test_backend(self, gpus: int, asked: str, device: str, backend: str) -> None:
         assert choose_backend(asked, torch.device(device), Launch(5, 8, 1, 4)) == backend
 
+    @pytest.mark.parametrize("gpus", [1], indirect=True)
+    @pytest.mark.parametrize(("on_node", "auto"), [("4", "nccl"), ("1", "gloo"), (None, "gloo")])
+    def test_tasks_that_slurm_has_bound_to_a_gpu_each(
+        self, gpus: int, on_node: str | None, auto: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With --gpus-per-task=1 each of the four tasks sees one GPU, and none of them the others'."""
+        monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+        if on_node is not None:
+            monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node)
+        assert choose_backend("auto", torch.device("cuda"), Launch(5, 8, 1, 4, "srun")) == auto
+
     @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (3, "cuda")], indirect=["gpus"])
     def test_nccl_without_a_gpu_for_each_rank(self, gpus: int, device: str) -> None:
         with pytest.raises(UserError, match=r"execution.backend: 'nccl'.*4 ranks.*'gloo' or 'auto'"):

@@ -57,6 +57,13 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     return int(value)
 
 
+def _port(environ: Mapping[str, str], default: int | None = None) -> int:
+    port = _number(environ, "MASTER_PORT", default)
+    if not 0 < port < 2**16:
+        raise UserError(f"environment variable MASTER_PORT is {port}; a port is a number from 1 to 65535")
+    return port
+
+
 def _from_torchrun(environ: Mapping[str, str]) -> Launch:
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     _check_below("RANK", rank, "WORLD_SIZE", world_size)
@@ -67,7 +74,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> Launch:
             f"{RENDEZVOUS}=file:///a/path/that/all/ranks/see"
         )
     if world_size > 1 and init_method == "env://":
-        _number(environ, "MASTER_PORT")
+        _port(environ)
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "environment"
     local_rank = _number(environ, "LOCAL_RANK", rank)
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
@@ -98,7 +105,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         local_rank=_number(environ, "SLURM_LOCALID"),
         local_world_size=tasks[node] if node < len(tasks) else 1,
         launcher="srun",
-        init_method=environ.get(RENDEZVOUS, f"tcp://{address}:{_number(environ, 'MASTER_PORT', port)}"),
+        init_method=environ.get(RENDEZVOUS, f"tcp://{address}:{_port(environ, port)}"),
     )
 
 
@@ -204,9 +211,18 @@ def choose_device(device: str, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % count)
 
 
+def _gpus_of_machine(launch: Launch) -> int:
+    """GPUs that the ranks on this machine have together."""
+    visible = torch.cuda.device_count()
+    if launch.launcher == "srun":
+        # With --gpus-per-task or --gpu-bind each task sees its own alone.
+        return max(visible, _number(os.environ, "SLURM_GPUS_ON_NODE", 0))
+    return visible
+
+
 def choose_backend(backend: str, device: torch.device, launch: Launch) -> str:
     """``auto``, ``nccl`` or ``gloo`` to a backend. Raises UserError where NCCL cannot work."""
-    crowded = device.type == "cuda" and launch.local_world_size > torch.cuda.device_count()
+    crowded = device.type == "cuda" and launch.local_world_size > _gpus_of_machine(launch)
     if backend == "auto":
         return "nccl" if device.type == "cuda" and not crowded else "gloo"
     if backend == "nccl" and (device.type != "cuda" or crowded):
@@ -256,6 +272,7 @@ def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> None:
     try:
         if launch.world_size > 1:
             store = open_store(launch.init_method, launch.rank, launch.world_size, timeout)
+            store.set_timeout(timeout)  # a file store opens its file when it is first asked, and tries for so long
             store = dist.PrefixStore(_call_roll(store, launch, ranks, timeout), store)
         store.set_timeout(timeout)
         dist.init_process_group(

@@ -26,6 +26,9 @@ def open_store(init_method: str, rank: int, world_size: int, timeout: datetime.t
         host, port = address.hostname, address.port
     elif init_method == "env://" and not under_agent():
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    file = urlsplit(init_method) if init_method.startswith("file://") else None
+    if file is not None and not os.path.isdir(os.path.dirname(file.path)):
+        raise UserError(f"{init_method}: there is no such folder; name a file in one that all ranks see")
     if host is None or port is None:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=timeout))
         return store
