@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from largebatch.configfile.loading import load_config
 from largebatch.data.settings import DataSettings
+from largebatch.errors import ConfigError
 from largebatch.models.settings import ModelSettings
 from largebatch.recipe.batch import BatchSettings
 from largebatch.recipe.schedule import ScheduleSettings
@@ -61,6 +62,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        self._check_passes()
+        return self
+
+    def _check_passes(self) -> None:
         k, m = self.batch.virtual_workers, self.execution.workers_per_pass
         if k % m:
             raise ValueError(
@@ -72,12 +77,16 @@ class Config(Section):
                 f"(here {k // m}) and execution.reduction: reproducible (here {self.execution.reduction}); set it to "
                 "0, or lower execution.workers_per_pass"
             )
-        return self
 
     def with_workers(self, virtual_workers: int) -> Config:
-        """This config with another k."""
+        """This config with another k. Raises ConfigError if the rest of it does not fit that."""
         batch = self.batch.model_copy(update={"virtual_workers": virtual_workers})
-        return self.model_copy(update={"batch": batch})
+        changed = self.model_copy(update={"batch": batch})
+        try:
+            changed._check_passes()
+        except ValueError as error:
+            raise ConfigError(f"with batch.virtual_workers {virtual_workers}: {error}") from error
+        return changed
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -19,7 +19,7 @@ def go_on(
     """
     if state is None:
         if config.batch.on_resize == "rescale":  # refused now rather than when it is needed
-            rescaled_workers(config.batch.virtual_workers, world_size, world_size)
+            _rescaled(config, world_size, world_size)
         return config, None
     resize = Resize(**state.resize) if state.resize else None
     if resize is not None:
@@ -27,10 +27,14 @@ def go_on(
     order = make_order(config, train_images, resize)
     _check_order(order, state)
     if config.batch.on_resize == "rescale" and state.world_size != world_size:
-        workers = rescaled_workers(config.batch.virtual_workers, state.world_size, world_size)
+        workers = _rescaled(config, state.world_size, world_size)
         resize = make_resize(order, run_schedule(config, order, resize), state.step, workers)
         config = config.with_workers(workers)
     return config, resize
+
+
+def _rescaled(config: Config, old_ranks: int, new_ranks: int) -> int:
+    return rescaled_workers(config.batch.virtual_workers, config.execution.workers_per_pass, old_ranks, new_ranks)
 
 
 def _check_order(order: EpochOrder, state: TrainState) -> None:

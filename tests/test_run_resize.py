@@ -9,6 +9,7 @@ import pytest
 from run_folders import (
     DIGITS,
     SMALL,
+    call,
     call_on,
     records,
     saved_steps,
@@ -94,6 +95,17 @@ def test_back_to_the_first_number_of_ranks(rescaled: Path, tmp_path: Path) -> No
     assert [found[step]["global_batch"] for step in found] == [32] * 3 + [64] * 3 + [32] * 6
     assert found[12]["epoch"] == 2.0
     assert found[7]["lr"] == pytest.approx(0.2)
+
+
+def test_a_minibatch_too_small_for_what_the_run_measures_is_refused(tmp_path: Path) -> None:
+    probing = [*RESCALE, "logging.noise_scale_every_steps=1"]
+    few = ["batch.virtual_workers=2", "batch.images_per_worker=16"]
+    train_digits(tmp_path / "two", 2, *few, *probing, "checkpoint.keep=99")
+    folder = stopped_after(tmp_path / "two", 3, tmp_path / "stopped")
+    outcome = call("train", DIGITS, "--run-dir", folder, *SMALL, *few, *probing)
+    assert outcome.status == 2
+    assert "with batch.virtual_workers 1: logging.noise_scale_every_steps" in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 @pytest.mark.parametrize(("world_size", "after"), [(3, None), (3, 3)], ids=["at_the_start", "going_on"])

@@ -37,15 +37,19 @@ class Resize:
         return self.step - self.recipe_step
 
 
-def rescaled_workers(virtual_workers: int, old_ranks: int, new_ranks: int) -> int:
-    """k that leaves each rank as many virtual workers as it had. Raises ConfigError if they did not come out even."""
-    per_rank, left = divmod(virtual_workers, old_ranks)
+def rescaled_workers(virtual_workers: int, workers_per_pass: int, old_ranks: int, new_ranks: int) -> int:
+    """k that leaves each rank as many virtual workers as it had. Raises ConfigError if they did not come out even.
+
+    Ranks are dealt whole passes, of `workers_per_pass` virtual workers each.
+    """
+    passes, left = divmod(virtual_workers // workers_per_pass, old_ranks)
     if left:
+        together = f" (execution.workers_per_pass: {workers_per_pass})" if workers_per_pass > 1 else ""
         raise ConfigError(
-            f"batch.on_resize: rescale keeps the virtual workers per rank, but {virtual_workers} on {old_ranks} ranks "
-            f"came out uneven; go on with {old_ranks} ranks, or with batch.on_resize=keep"
+            f"batch.on_resize: rescale keeps the virtual workers per rank, but {virtual_workers}{together} on "
+            f"{old_ranks} ranks came out uneven; go on with {old_ranks} ranks, or with batch.on_resize=keep"
         )
-    return per_rank * new_ranks
+    return passes * workers_per_pass * new_ranks
 
 
 def make_resize(order: EpochOrder, schedule: Schedule, step: int, virtual_workers: int) -> Resize:
