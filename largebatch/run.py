@@ -29,14 +29,14 @@ from largebatch.recipe.resize import Resize
 from largebatch.report.environment import code_digest, describe_environment
 from largebatch.report.files import write_bytes_atomically, write_json_atomically, write_text_atomically
 from largebatch.report.lock import hold_folder
-from largebatch.report.metrics import TENSORBOARD_FOLDER, open_writers
+from largebatch.report.metrics import TENSORBOARD_FOLDER, MetricsWriter, open_writers
 from largebatch.report.plots import draw_curves
 from largebatch.report.progress import open_progress
 from largebatch.resume import describe_resize, go_on
 from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
 from largebatch.training.evaluation import evaluate
 from largebatch.training.optimizer import make_optimizer
-from largebatch.training.precision import make_autocast
+from largebatch.training.precision import make_autocast, slow_precision
 from largebatch.training.preemption import StopRequest, stop_on_signals
 from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
@@ -60,8 +60,8 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
     before any process group exists where it can be told without the others, and HealthError.
     """
     _check_before_start(config, run_dir, resume, launch)
+    agent = os.getppid() if launch.launcher == "torchrun" else None
     with contextlib.ExitStack() as stack:
-        stop_request = stack.enter_context(stop_on_signals(when_orphaned=launch.launcher == "torchrun"))
         ranks = stack.enter_context(
             connect(
                 launch,
@@ -71,6 +71,8 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
                 timeout_seconds=60 * config.execution.timeout_minutes,
             )
         )
+        # From here on: a signal ends a process that still waits for the others.
+        stop_request = stack.enter_context(stop_on_signals(launcher=agent))
         stack.enter_context(name_lost_ranks(ranks))
         check_alike(
             {"config": digest(config), "code of largebatch": code_digest(), "version of torch": torch.__version__},
@@ -196,10 +198,13 @@ def _train_connected(
     first_step = trainer.step + 1 if data is not None else 0
     ranks.from_main(lambda: _write_start(config, plan, run_dir))
     total, done = trainer.schedule.total_steps, trainer.step
-    writer = open_writers(run_dir, is_main=ranks.is_main, first_step=first_step)
+    writer = _open_writer(run_dir, ranks, first_step)
     try:
         with open_progress(is_main=ranks.is_main, total_steps=total, steps_done=done) as progress:
             progress.note(describe(plan))
+            slow = slow_precision(config.execution.precision, ranks.device)
+            if slow:
+                progress.note(f"warning: {slow}")
             if done:
                 progress.note(f"going on from step {done} of {total}")
             if state is not None and trainer.resize is not None and done == trainer.resize.step:
@@ -209,6 +214,18 @@ def _train_connected(
         with contextlib.suppress(OSError):  # told already, by the write that failed
             writer.close()
     return _finish(trainer, run_dir, ranks)
+
+
+def _open_writer(run_dir: Path, ranks: Ranks, first_step: int) -> MetricsWriter:
+    """What takes this rank's records; what goes wrong with the files is raised on all ranks."""
+    opened: list[MetricsWriter] = []
+
+    def open_files() -> None:
+        with _writing(run_dir):
+            opened.append(open_writers(run_dir, is_main=True, first_step=first_step))
+
+    ranks.from_main(open_files)
+    return opened[0] if opened else open_writers(run_dir, is_main=False, first_step=first_step)
 
 
 def _warn(text: str) -> None:
@@ -328,7 +345,16 @@ def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
         )
     config = read_config(run_dir / "config.yaml")
     execution = config.execution
-    with connect(launch, device=execution.device, backend=execution.backend, threads=execution.threads) as ranks:
+    with (
+        connect(
+            launch,
+            device=execution.device,
+            backend=execution.backend,
+            threads=execution.threads,
+            timeout_seconds=60 * execution.timeout_minutes,
+        ) as ranks,
+        name_lost_ranks(ranks),
+    ):
         _, validation = load(config.data, seed=config.seed, device=ranks.device)
         model = build_model(config, validation, ranks)
         _load_weights(model, run_dir / "model.pt", ranks.device)

@@ -161,6 +161,21 @@ class TestKeeping:
         assert newest(folder) == (content(25), [])
         assert {path.name for path in folder.iterdir()} == {"step_00000025.pt", "step_00000025.json"}
 
+    @pytest.mark.parametrize("torn", ["no manifest", "half the data"])
+    def test_a_torn_one_takes_no_place_of_a_whole_one(self, tmp_path: Path, torn: str) -> None:
+        checkpoints = CheckpointFolder(tmp_path, keep=2)
+        for step in (100, 105):
+            checkpoints.save(step, content(step))
+        newest = tmp_path / "step_00000105.pt"
+        if torn == "no manifest":
+            newest.with_suffix(".json").unlink()
+        else:
+            os.truncate(newest, 10)
+        checkpoints.save(110, content(110))
+        assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step_00000100.pt", "step_00000110.pt"]
+        os.truncate(tmp_path / "step_00000110.pt", 10)
+        assert checkpoints.newest(lambda _: None) == content(100)
+
     def test_clear_removes_all_and_nothing_else(self, folder: Path) -> None:
         (folder / "notes.txt").write_text("mine")
         (folder / "step_00000040.tmp").write_bytes(b"torn")

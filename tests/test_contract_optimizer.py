@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from largebatch.training.momentum import LrInsideSGD
-from largebatch.training.optimizer import make_optimizer, parameter_groups, set_lr
+from largebatch.training.optimizer import make_optimizer, parameter_groups, restore_optimizer, set_lr, update_if_finite
 from largebatch.training.settings import OptimizerSettings
 
 RATES = [0.1, 0.2, 0.4, 0.8, 0.8, 0.08, 0.08, 0.008]  # warmup, peak, two decays
@@ -192,3 +192,38 @@ def test_the_inside_form_goes_on_from_its_state() -> None:
             second.step()
     for left, right in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)], ids=["to_fused", "from_fused"])
+def test_a_run_goes_on_on_another_kind_of_device(before: bool, after: bool) -> None:
+    """GPUs use the fused update, CPUs do not; a checkpoint comes from either."""
+    settings, scaler = OptimizerSettings(), torch.amp.GradScaler("cpu", enabled=False)
+    model = small_model()
+    optimizer = make_optimizer(model, settings, fused=before)
+    images = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        set_lr(optimizer, 0.1)
+        optimizer.zero_grad()
+        loss = model(images).square().mean()
+        loss.backward()
+        assert not update_if_finite(optimizer, scaler, loss.detach())
+
+    update(optimizer, model)
+    other = copy.deepcopy(model)
+    gone_on = make_optimizer(other, settings, fused=after)
+    restore_optimizer(gone_on, copy.deepcopy(optimizer.state_dict()))
+    assert [bool(group["fused"]) for group in gone_on.param_groups] == [after] * 2
+    for _ in range(2):
+        update(optimizer, model)
+        update(gone_on, other)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_checkpoint_without_momentum_starts_the_fused_update_at_zero() -> None:
+    model = small_model()
+    state = make_optimizer(model, OptimizerSettings()).state_dict()  # no update was applied before it
+    fused = make_optimizer(model, OptimizerSettings(), fused=True)
+    restore_optimizer(fused, state)
+    assert all(fused.state[p]["momentum_buffer"].count_nonzero() == 0 for p in model.parameters())

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from run_folders import saved_steps, tensor_hashes
 from survive import Fleet, newest_step, run_to_the_end, training
 
 from largebatch.recipe.draws import bits
-from largebatch.training.checkpoint import CheckpointFolder
+from largebatch.training import saver
+from largebatch.training.checkpoint import CheckpointFolder, TrainState
+from largebatch.training.saver import BackgroundSaver
 from largebatch.training.trainer import Trainer
 
 ALL = "checkpoint={every_steps: 1, keep: 100}"
@@ -124,6 +127,52 @@ def test_or_it_is_told_and_training_goes_on(undisturbed: Path, tmp_path: Path) -
     assert outcomes[0].out.count("warning: a checkpoint could not be written") == 2
     assert saved_steps(tmp_path) == [15, 16]
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
+
+
+def _fail_from(rank: int, step: int) -> None:
+    """No checkpoint can be written from `step` on, and steps are long enough to be hit."""
+    _fail_at(rank, *range(step, 17))
+    train_step = Trainer._train_step
+
+    def slowly(self: Trainer, *inputs: Any) -> Any:
+        time.sleep(0.1)
+        return train_step(self, *inputs)
+
+    Trainer._train_step = slowly  # type: ignore[method-assign]
+
+
+def test_a_stop_whose_checkpoint_is_not_there_never_says_that_it_is(tmp_path: Path) -> None:
+    command = training(tmp_path, "checkpoint.on_error=continue")
+    with Fleet(2, *command, prepare=_fail_from, prepare_args=(4,)) as fleet:
+        fleet.until(lambda: newest_step(tmp_path) == 3)
+        fleet.send(signal.SIGTERM)
+        for outcome in fleet.outcomes():
+            assert outcome.status == 2  # not 75: the same command would lose what was done since
+            assert "whose checkpoint could not be written. The newest checkpoint is of step 3." in outcome.err
+    assert saved_steps(tmp_path) == [3]
+
+
+def _run_out_of_memory(rank: int, step: int) -> None:
+    save = BackgroundSaver.save
+
+    def without_memory(state: TrainState) -> bytes:
+        raise MemoryError("cannot allocate")
+
+    def spoil(self: BackgroundSaver, state: TrainState) -> None:
+        if state.step == step:
+            saver.serialise = without_memory
+        save(self, state)
+
+    BackgroundSaver.save = spoil  # type: ignore[method-assign]
+
+
+def test_whatever_keeps_a_checkpoint_from_being_written_stops_all_ranks(tmp_path: Path) -> None:
+    with Fleet(2, *training(tmp_path), prepare=_run_out_of_memory, prepare_args=(6,)) as fleet:
+        for outcome in fleet.outcomes():
+            assert outcome.status == 2
+            assert "a checkpoint could not be written (cannot allocate)" in outcome.err
+            assert "Traceback" not in outcome.err
+    assert saved_steps(tmp_path) == [3]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from largebatch.distributed.environment import Launch, connect
 from largebatch.errors import HealthError
 from largebatch.recipe.draws import bits
+from largebatch.training.checkpoint import CheckpointFolder
 from largebatch.training.facts import FactReader
 from largebatch.training.replicas import check_replicas
 from largebatch.training.trainer import Trainer
@@ -116,6 +119,55 @@ def test_skipping_gives_the_same_bits_on_any_number_of_ranks(tmp_path: Path, for
     assert all(one == found[0] for one in found)
     weights = torch.load(tmp_path / "1/model.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
+
+
+def _write_slowly(rank: int) -> None:
+    """Checkpoints take longer than the steps between the newest and the bad one."""
+    _spoil_an_image(rank)
+    save = CheckpointFolder.save
+
+    def slowly(self: CheckpointFolder, step: int, data: bytes) -> Path:
+        time.sleep(0.5)
+        return save(self, step, data)
+
+    CheckpointFolder.save = slowly  # type: ignore[method-assign]
+
+
+def test_the_checkpoint_that_is_being_written_counts_on_every_rank(tmp_path: Path) -> None:
+    with Fleet(3, *training(tmp_path), prepare=_write_slowly) as fleet:
+        assert all("The newest checkpoint is of step 9." in outcome.err for outcome in fleet.outcomes())
+
+
+def _spoil_a_gradient(rank: int) -> None:
+    """Rank 0's last pass of step 10 has a gradient that is infinite, and a loss that is not."""
+    backward = VirtualWorkers.backward
+    passes = VirtualWorkers.passes
+    here = {"step": -1}
+
+    def passes_of(self: VirtualWorkers, step: int, **options: Any) -> Any:
+        here["step"] = step
+        return passes(self, step, **options)
+
+    def spoil(self: VirtualWorkers, loss: torch.Tensor, **options: Any) -> None:
+        if rank == 0 and here["step"] == BAD_STEP and self._is_last_pass:
+            weight = next(self.model.parameters())
+            handle = weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+            backward(self, loss, **options)
+            handle.remove()
+        else:
+            backward(self, loss, **options)
+
+    VirtualWorkers.passes = passes_of  # type: ignore[method-assign]
+    VirtualWorkers.backward = spoil  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_that_are_not_finite_are_found_though_every_loss_is(tmp_path: Path, world_size: int) -> None:
+    with Fleet(world_size, *training(tmp_path), prepare=_spoil_a_gradient) as fleet:
+        for outcome in fleet.outcomes():
+            assert outcome.status == 3
+            assert f"step {BAD_STEP}: not finite: the summed gradients, though every loss is finite" in outcome.err
+            assert "Traceback" not in outcome.err
 
 
 def test_after_a_stop_the_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         *lines, _torn = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; is {run_dir} the folder of a run?") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not text in UTF-8 (byte {error.start}); delete it, or --resume never") from None
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 

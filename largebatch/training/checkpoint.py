@@ -121,9 +121,10 @@ class CheckpointFolder:
         temporary.replace(path)
         manifest = _Manifest(step, len(data), hashlib.sha256(data).hexdigest())
         write_json_atomically(path.with_suffix(".json"), asdict(manifest))
-        # A later step's is one that was damaged, and passed over when the run went on from before it.
+        # A later step's is one that was damaged, and passed over when the run went on from before it; one that is not
+        # complete would take the place of one to fall back to.
         steps = self._steps()
-        kept = [saved for saved in steps if saved <= step][-self._keep :]
+        kept = [saved for saved in steps if saved <= step and self._is_complete(saved)][-self._keep :]
         self._remove([saved for saved in steps if saved not in kept])
         return path
 
@@ -141,8 +142,8 @@ class CheckpointFolder:
         return None
 
     def newest_step(self) -> int | None:
-        """The step of the newest checkpoint, not verified; None if there is none."""
-        return max(self._steps(), default=None)
+        """The step of the newest complete checkpoint, its checksum not verified; None if there is none."""
+        return max(filter(self._is_complete, self._steps()), default=None)
 
     def clear(self) -> None:
         """Remove all checkpoints, and nothing else."""
@@ -156,6 +157,14 @@ class CheckpointFolder:
         names = [_NAME.fullmatch(path.name) for path in self._folder.glob("step_*")]
         return sorted({int(name[1]) for name in names if name})
 
+    def _is_complete(self, step: int) -> bool:
+        """Whether this checkpoint has a manifest, and the size that it says."""
+        path = self._path(step)
+        try:
+            return path.stat().st_size == _read_manifest(path).size
+        except (OSError, ValueError, TypeError):
+            return False
+
     def _remove(self, steps: list[int]) -> None:
         """Remove these checkpoints, and what a kill in the middle of writing left."""
         for step in steps:  # first the manifest: without it the data do not count
@@ -165,9 +174,14 @@ class CheckpointFolder:
             torn.unlink()
 
 
+def _read_manifest(path: Path) -> _Manifest:
+    """What stands beside the checkpoint `path`; raises ValueError, TypeError or OSError if that cannot be read."""
+    return _Manifest(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+
+
 def _verified(path: Path, step: int) -> bytes:
     """The bytes of a checkpoint; raises ValueError, TypeError or OSError if they are not those written."""
-    manifest = _Manifest(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+    manifest = _read_manifest(path)
     data = path.read_bytes()
     if len(data) != manifest.size:
         raise ValueError(f"{len(data)} bytes instead of {manifest.size}")

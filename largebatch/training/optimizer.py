@@ -45,8 +45,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool
         # Nesterov's momentum of 0 is plain SGD, which torch refuses to spell so.
         nesterov = settings.nesterov and settings.momentum > 0
         optimizer = SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=nesterov, fused=fused or None)
-        if fused and settings.momentum > 0:
-            _start_buffers_at_zero(optimizer)
+        _start_buffers_at_zero(optimizer)
         return optimizer
     corrected = settings.momentum_form == "lr_inside"
     return LrInsideSGD(groups, momentum=settings.momentum, nesterov=settings.nesterov, corrected=corrected)
@@ -55,8 +54,21 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool
 def _start_buffers_at_zero(optimizer: SGD) -> None:
     """torch's fused SGD makes its buffers in the first step, and leaves them uninitialised if that overflows."""
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in group["params"] if group["fused"] and group["momentum"] else []:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the `state_dict` of an optimizer of the same settings, maybe of another kind of device.
+
+    How an update is computed (fused or not) stays as this device wants it. Raises ValueError if it does not fit.
+    """
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, SGD):
+        for group, own in zip(optimizer.param_groups, fused, strict=True):
+            group["fused"] = own
+        _start_buffers_at_zero(optimizer)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -18,15 +18,15 @@ _SAME_REQUEST_SECONDS = 5.0
 class StopRequest:
     """Whether this process has been asked to stop. A second request ends the process at once."""
 
-    def __init__(self, *, when_orphaned: bool = False) -> None:
-        """With `when_orphaned`, that the parent process has died is a request too."""
+    def __init__(self, *, launcher: int | None = None) -> None:
+        """That the parent process `launcher` (a process id) has died is a request too."""
         self._at: float | None = None
-        self._parent = os.getppid() if when_orphaned else None
+        self._launcher = launcher
 
     @property
     def asked(self) -> bool:
         """Whether a signal has come, or nobody is left who could send one."""
-        return self._at is not None or (self._parent is not None and os.getppid() != self._parent)
+        return self._at is not None or (self._launcher is not None and os.getppid() != self._launcher)
 
     def _listen(self, numbers: socket.socket) -> None:
         """Take the numbers of signals that come, until there can be no more."""
@@ -41,12 +41,12 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals(*, when_orphaned: bool = False) -> Iterator[StopRequest]:
+def stop_on_signals(*, launcher: int | None = None) -> Iterator[StopRequest]:
     """Inside, SIGTERM and SIGUSR1 ask for a stop between two steps instead of ending the process.
 
     Off the main thread, where Python handles no signals, nothing changes.
     """
-    request = StopRequest(when_orphaned=when_orphaned)
+    request = StopRequest(launcher=launcher)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -17,7 +17,7 @@ class BackgroundSaver:
     def __init__(self, folder: CheckpointFolder) -> None:
         self._folder = folder
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def save(self, state: TrainState) -> None:
         """Begin to write `state`, of which a copy is taken now; waits for the one before to be written."""
@@ -33,11 +33,11 @@ class BackgroundSaver:
             self._thread = None
 
     @property
-    def error(self) -> OSError | None:
+    def error(self) -> Exception | None:
         """The error of a checkpoint that could not be written, until `take_error` takes it."""
         return self._error
 
-    def take_error(self) -> OSError | None:
+    def take_error(self) -> Exception | None:
         """The error of a checkpoint that could not be written, once."""
         error, self._error = self._error, None
         return error
@@ -45,7 +45,7 @@ class BackgroundSaver:
     def _write(self, state: TrainState) -> None:
         try:
             self._folder.save(state.step, serialise(state))
-        except OSError as error:  # disk full, folder gone or read-only: the trainer decides
+        except Exception as error:  # disk full, folder read-only, no memory left for the bytes: the trainer decides
             self._error = self._error or error  # the first one, should the next fail before it is taken
 
 

@@ -24,6 +24,7 @@ from largebatch.report.progress import Progress
 from largebatch.training.checkpoint import CheckpointFolder, TrainState
 from largebatch.training.evaluation import evaluate
 from largebatch.training.facts import FactReader, StepFacts, flags_on
+from largebatch.training.optimizer import restore_optimizer
 from largebatch.training.precision import make_autocast, make_scaler
 from largebatch.training.preemption import StopRequest
 from largebatch.training.replicas import check_replicas
@@ -158,7 +159,7 @@ class Trainer:
         """Go on from `state`, which came by this run's order of images. Raises UserError if it has another model."""
         try:
             self.virtual.model.load_state_dict(state.model)
-            self.optimizer.load_state_dict(state.optimizer)
+            restore_optimizer(self.optimizer, state.optimizer)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this run's model, whose code has changed: {error}") from error
         self.scaler.load_state_dict(state.scaler)
@@ -308,11 +309,25 @@ class Trainer:
             if self.ranks.is_main:
                 self._saver.save(self.state())
         if facts.stop and self.step < self.schedule.total_steps:
-            self._saver.wait()
-            self._check_saved(progress)
-            raise Preempted(
-                f"stopped by a signal after step {self.step}, with a checkpoint; the same command goes on from there"
+            self._stop(progress)
+
+    def _stop(self, progress: Progress) -> None:
+        """Raise Preempted, once the checkpoint of this very step is on the disk; CheckpointError if it is not."""
+        newest = self._newest_saved()
+        self._check_saved(progress)
+        if newest != self.step:
+            raise CheckpointError(
+                f"stopped by a signal after step {self.step}, whose checkpoint could not be written. "
+                f"{_say_newest(newest)} Make room or mend the folder, then start the same command again"
             )
+        raise Preempted(
+            f"stopped by a signal after step {self.step}, with a checkpoint; the same command goes on from there"
+        )
+
+    def _newest_saved(self) -> int | None:
+        """The step of the newest checkpoint, on all ranks: when what is being written is there, or has failed."""
+        self._saver.wait()
+        return self.ranks.broadcast(self.checkpoints.newest_step() if self.ranks.is_main else None)
 
     def _write(self, record: dict[str, float], writer: MetricsWriter) -> None:
         try:
@@ -346,14 +361,9 @@ class Trainer:
         where = "the loss on " + "; ".join(found) if found else "the summed gradients, though every loss is finite"
         raise HealthError(
             f"step {facts.step}: not finite: {where}. The update was not applied (learning rate "
-            f"{self.schedule.lr_at(facts.step):g}). {self._last_good()} Lower schedule.reference_lr, warm up longer, "
-            "look at the images, or skip such steps with health.on_not_finite=skip"
+            f"{self.schedule.lr_at(facts.step):g}). {_say_newest(self._newest_saved())} Lower schedule.reference_lr, "
+            "warm up longer, look at the images, or skip such steps with health.on_not_finite=skip"
         )
-
-    def _last_good(self) -> str:
-        self._saver.wait()
-        newest = self.checkpoints.newest_step()
-        return f"The newest checkpoint is of step {newest}." if newest is not None else "There is no checkpoint yet."
 
     def _evaluate(self) -> dict[str, float]:
         with self.evaluation_statistics():
@@ -371,7 +381,7 @@ class Trainer:
     @contextlib.contextmanager
     def evaluation_statistics(self) -> Iterator[None]:
         """Inside, the model's buffers hold the BatchNorm statistics that evaluation and export use."""
-        if not self.precise_steps:
+        if not self.precise_steps or not self.virtual.batchnorm.size:
             yield
             return
         batchnorm = self.virtual.batchnorm
@@ -408,6 +418,10 @@ class Trainer:
             "global_batch": self.order.global_batch,
             "peak_lr": self.schedule.peak_lr,
         }
+
+
+def _say_newest(step: int | None) -> str:
+    return f"The newest checkpoint is of step {step}." if step is not None else "There is no checkpoint yet."
 
 
 def _noise_record(sums: Tensor) -> dict[str, float]:
