@@ -31,6 +31,8 @@ def test_it_is_json_and_names_what_the_run_ran_on() -> None:
     assert versions["torchvision"].split("+")[0] == torchvision.__version__.split("+")[0]
     assert 1 <= described["cpu"]["usable_cores"] <= described["cpu"]["cores"]
     assert described["cpu"]["model"]
+    assert described["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert described["cpu"]["bf16"] in (True, False)
     assert described["memory"] > 100e6
     assert described["threads"] == torch.get_num_threads()
     assert described["hostname"] == platform.node()

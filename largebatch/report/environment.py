@@ -61,9 +61,16 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    """The CPU's model, the machine's logical cores, and those that this process may use."""
+    """The CPU's model, its vector instructions, whether it computes in bf16, the machine's logical cores, and those that
+    this process may use: virtual machines may call very different processors by one name."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": _cpu_model(), "cores": os.cpu_count(), "usable_cores": usable}
+    return {
+        "model": _cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+    }
 
 
 def _cpu_model() -> str:
