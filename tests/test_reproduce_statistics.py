@@ -10,9 +10,10 @@ import pytest
 
 from largebatch.reproduce.curves import early_sign, read_curve
 from largebatch.reproduce.knee import find_knee
-from largebatch.reproduce.settings import PaperValue
+from largebatch.reproduce.settings import Expectation, PaperValue
 from largebatch.reproduce.statistics import Sample, Welch, incomplete_beta, sample, two_sided_p, welch
-from largebatch.reproduce.verdict import compare_order, paper_sample, verdict
+from largebatch.reproduce.tables import readme_block
+from largebatch.reproduce.verdict import best_of_lines, check_expectation, compare_order, paper_sample, verdict
 
 
 def tail_by_integration(t: float, degrees: float) -> float:
@@ -122,6 +123,10 @@ def test_the_early_sign_is_a_curve_above_noise() -> None:
     assert (left.left, left.above, left.epochs) == (True, 3, 3)
     assert left.noise == pytest.approx(2 * math.sqrt(0.5 + 0.5))  # the variance of each row is 0.5 at every epoch
     assert early_sign(far[:1], reference, first_epoch=1) is None
+    # One epoch in which a seed went astray hides none of the others.
+    astray = early_sign([[90.0, 30.0, 20.0, 19.0], [92.0, 91.0, 21.0, 20.0]], reference, first_epoch=1)
+    assert astray is not None
+    assert (astray.left, astray.above) == (True, 2)
 
 
 def size_row(kn: int, difference: float, p: float) -> dict[str, Any]:
@@ -147,3 +152,46 @@ def test_the_knee_is_where_all_larger_minibatches_are_worse() -> None:
     unclear = find_knee(rows[:4], "256", 500.0)
     assert (unclear["measured"], unclear["ratio"]) == (None, None)
     assert "not clearly above" in unclear["words"]
+
+
+def lr_row(name: str, line: str, lr: float, mean: float, *, diverged: int = 0) -> dict[str, Any]:
+    runs = [{"state": "diverged"}] * diverged + [{"state": "finished"}] * (3 - diverged)
+    measured = Sample(mean, 0.1, 3 - diverged) if diverged < 3 else None
+    return {"name": name, "line": line, "peak_lr": lr, "global_batch": 64, "sample": measured, "runs": runs}
+
+
+def test_an_order_that_the_source_states_is_held_against_what_was_measured() -> None:
+    rows = {row["name"]: row for row in (lr_row("a", "", 1, 1.0), lr_row("b", "", 1, 2.0), lr_row("c", "", 1, 1.02))}
+    found = {
+        (lower, than): check_expectation(Expectation(lower=lower, than=than), rows)["agrees"]
+        for lower, than in [("a", "b"), ("b", "a"), ("a", "c")]
+    }
+    assert found == {("a", "b"): "yes", ("b", "a"): "no", ("a", "c"): "open"}
+    lost = rows | {"a": lr_row("a", "", 1, 1.0, diverged=1)}
+    assert check_expectation(Expectation(lower="a", than="b"), lost)["agrees"] == "open"
+    nothing = rows | {"a": lr_row("a", "", 1, 1.0, diverged=3)}
+    assert check_expectation(Expectation(lower="a", than="b"), nothing)["p"] is None
+
+
+def test_the_best_rate_of_each_line_leaves_out_what_diverged() -> None:
+    rows = [lr_row("a", "one", 0.1, 3.0), lr_row("b", "one", 0.2, 2.0), lr_row("c", "one", 0.4, 1.0, diverged=1)]
+    rows += [lr_row("d", "two", 0.1, 1.0), lr_row("e", "two", 0.2, 2.0), lr_row("f", "", 0.1, 0.0)]
+    found = {best["line"]: best for best in best_of_lines(rows)}
+    assert {line: best["row"] for line, best in found.items()} == {"one": "b", "two": "d"}
+    assert (found["one"]["at_the_edge"], found["one"]["diverged"]) == (False, [0.4])
+    assert (found["two"]["at_the_edge"], found["two"]["diverged"]) == (True, [])
+
+
+def test_time_counts_a_run_that_experiments_share_once() -> None:
+    def result(name: str, runs: dict[str, float]) -> dict[str, Any]:
+        made = [{"key": key, "seconds": seconds} for key, seconds in runs.items()]
+        return {"experiment": name, "readme": False, "rows": [{"runs": made}]}
+
+    results = [
+        result("minibatch-size", {"a": 60.0, "d": 30.0}),
+        result("remarks", {"a": 60.0, "b": 10.0}),
+        result("warmup", {"a": 60.0, "c": 5.0}),
+    ]
+    words = readme_block(results, "x")
+    assert "`remarks`, `warmup` together: 3 runs of 0:01:15 in all" in words
+    assert "`minibatch-size` adds 1 runs of 0:00:30 in all" in words

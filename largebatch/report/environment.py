@@ -61,8 +61,8 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    """The CPU's model, its vector instructions, whether it computes in bf16, the machine's logical cores, and those that
-    this process may use: virtual machines may call very different processors by one name."""
+    """The CPU's model, its vector instructions, whether it computes in bf16, the machine's logical cores, and those
+    that this process may use: virtual machines may call very different processors by one name."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": _cpu_model(),

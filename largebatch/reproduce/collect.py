@@ -17,7 +17,7 @@ from largebatch.reproduce.grid import Grid, Run, training_code_digest
 from largebatch.reproduce.knee import find_knee, noise_scale_of
 from largebatch.reproduce.settings import Row
 from largebatch.reproduce.statistics import Sample, sample, welch
-from largebatch.reproduce.verdict import compare_order, paper_sample, verdict
+from largebatch.reproduce.verdict import best_of_lines, check_expectation, compare_order, paper_sample, verdict
 from largebatch.reproduce.weights import weight_distance
 
 
@@ -32,6 +32,9 @@ def collect(grid: Grid, folders: Folders) -> dict[str, Any]:
     for row in grid.experiment.rows_at(grid.scale):
         _compare(row, rows, grid, folders)
     order = compare_order(list(rows.values()))
+    at_scale = rows.keys()
+    expected = [e for e in grid.experiment.expect if {e.lower, e.than} <= at_scale]
+    sweeps_lr = any(plot.kind == "sweep" and plot.x == "peak_lr" for plot in grid.experiment.plots)
     knee = None
     if grid.experiment.noise_scale:
         predicted = rows[grid.experiment.reference]["noise_scale"]
@@ -46,6 +49,8 @@ def collect(grid: Grid, folders: Folders) -> dict[str, Any]:
         "plots": [plot.model_dump(mode="json") for plot in grid.experiment.plots],
         "rows": [_plain(row) for row in rows.values()],
         "order": order,
+        "expected": [check_expectation(e, rows) for e in expected],
+        "best": best_of_lines(list(rows.values())) if sweeps_lr else [],
         "knee": knee,
         "readme": grid.experiment.readme,
         "provenance": _provenance(grid, folders),
@@ -80,13 +85,19 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
 def _outcome(run: Run, grid: Grid, folders: Folders, curves: dict[int, Curve]) -> dict[str, Any]:
     """One run: its state, and what was measured if it finished."""
     standing = folders.standing(run)
-    found: dict[str, Any] = {"seed": run.seed, "state": standing.state, "value": None}
+    found: dict[str, Any] = {"seed": run.seed, "key": run.key, "state": standing.state, "value": None}
     if standing.state != "finished":
         return found
     summary = json.loads((folders.of(run) / "summary.json").read_text(encoding="utf-8"))
     last = curves[run.seed][-1]
     value = summary["top1_error_median_last5"] if grid.experiment.measure == "top1_error" else last
-    return {**found, "value": value, "top1_error": summary["top1_error"], "last_of_curve": last}
+    return {
+        **found,
+        "value": value,
+        "top1_error": summary["top1_error"],
+        "last_of_curve": last,
+        "seconds": summary["seconds"],
+    }
 
 
 def bin_width(run: Run, grid: Grid) -> int:
@@ -153,7 +164,9 @@ def _provenance(grid: Grid, folders: Folders) -> dict[str, Any]:
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    cpu = f"{environment['cpu']['model']}, {environment['cpu']['usable_cores']} cores"
+    cpu = ", ".join(
+        [environment["cpu"]["model"], environment["cpu"]["capability"], f"{environment['cpu']['usable_cores']} cores"]
+    )
     gpus = [device["name"] for device in (environment["cuda"] or {}).get("devices", [])]
     return f"{len(gpus)} x {gpus[0]}; {cpu}" if gpus else cpu
 

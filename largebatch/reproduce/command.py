@@ -88,7 +88,7 @@ def report(names: Sequence[str], scale: Scale, out: Path, into: Path, readme: Pa
 def _write_block(folder: Path, readme: Path) -> None:
     """Replace the README's block by what the JSON files in `folder` hold that asks to be there."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    block = readme_block([result for result in results if result["readme"]], folder.as_posix())
+    block = readme_block(results, folder.as_posix())
     text = put_into(readme.read_text(encoding="utf-8"), block)
     if text is None:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ class EarlySign:
     above: int
     """Epochs at which the row is higher than the reference by more than noise."""
     noise: float
-    """What counts as noise: two standard deviations of the difference of two runs, pooled over the epochs."""
+    """The median over the epochs of what counts as noise at one: two standard deviations of the difference of two runs.
+    Each epoch has its own, since early ones of a large learning rate are far noisier than late ones."""
     left: bool
     """Whether it left the reference's curve: above noise in most of the epochs."""
 
@@ -67,17 +69,14 @@ def early_sign(row: Sequence[Curve], reference: Sequence[Curve], first_epoch: in
     pairs = list(zip(over_seeds(row), over_seeds(reference), strict=False))[first_epoch:]
     whole = [(a, b) for a, b in pairs if a is not None and b is not None]
     spreads = [(a.std, b.std) for a, b in whole]
-    variances = [r**2 + s**2 for r, s in spreads if r is not None and s is not None]
-    if not variances or len(variances) < len(whole):
+    noise = [_STDS_BEYOND_NOISE * math.hypot(r, s) for r, s in spreads if r is not None and s is not None]
+    if not noise or len(noise) < len(whole):
         return None
-    noise = _STDS_BEYOND_NOISE * math.sqrt(math.fsum(variances) / len(variances))
-    above = sum(a.mean - b.mean > noise for a, b in whole)
-    return EarlySign(len(whole), above, noise, 2 * above > len(whole))
+    above = sum(a.mean - b.mean > limit for (a, b), limit in zip(whole, noise, strict=True))
+    return EarlySign(len(whole), above, statistics.median(noise), 2 * above > len(whole))
 
 
-def describe_sign(sign: Mapping[str, Any] | None) -> str:
-    """The sign in words."""
-    if sign is None:
-        return "not compared"
-    seen = f"{sign['above']} of {sign['epochs']} epochs above noise ({sign['noise']:.2f})"
-    return f"leaves it: {seen}" if sign["left"] else f"matches: {seen}"
+def describe_sign(sign: Mapping[str, Any], other: str) -> str:
+    """The sign in words; `other` is the curve that was compared with."""
+    seen = f"{sign['above']} of {sign['epochs']} epochs above noise (median {sign['noise']:.2f})"
+    return f"leaves {other}: {seen}" if sign["left"] else f"matches {other}: {seen}"

@@ -18,6 +18,7 @@ _LABELS = {
     "peak_lr": "learning rate",
 }
 _LOG_FROM = 4.0
+_ENTRIES_INSIDE = 6  # a longer legend would hide what is drawn
 _STDS = 2.0  # Figure 1 has bars of two standard deviations
 Result = Mapping[str, Any]
 
@@ -34,7 +35,10 @@ def draw(result: Result, folder: Path) -> list[str]:
             _draw_sweep(axes, rows, plot["x"], result)
         axes.grid(alpha=0.3)
         axes.set_title(f"{result['settings']['title']}, scale {result['scale']}")
-        if axes.get_legend_handles_labels()[0]:
+        entries = len(axes.get_legend_handles_labels()[0])
+        if entries > _ENTRIES_INSIDE:
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        elif entries:
             axes.legend(fontsize=8)
         name = f"{result['experiment']}_{plot['name']}.png"
         picture = io.BytesIO()
@@ -74,19 +78,39 @@ def _draw_sweep(axes: Any, rows: Sequence[Result], x: str, result: Result) -> No
     lines: dict[str, list[Result]] = {}
     for row in rows:
         lines.setdefault(row["line"], []).append(row)
-    for name, members in lines.items():
-        _draw_bars(axes, _points(members, x, "result"), label=name or "here")
-    _draw_bars(axes, _points(rows, x, "paper"), label="the paper, same rows", color="#9d9d9d", linestyle=":")
-    if result.get("knee") and x == "global_batch":
-        _draw_knee(axes, result["knee"])
-    axes.set_xscale("log", base=2 if x == "global_batch" else 10)
     shown = [row["result"]["mean"] for row in rows if row["result"]]
     if shown and max(shown) > _LOG_FROM * min(shown) > 0:
         axes.set_yscale("log")  # or the errors of trainings that failed would flatten all others
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis("{x:g}")
+        _plain_numbers(axes.yaxis)
+    alone = len(lines) == 1
+    for name, members in lines.items():
+        joined = alone or bool(name)  # a row of no line stands by itself
+        label = name or ("here" if alone else "others")
+        color = _draw_bars(axes, _points(members, x, "result"), label=label, linestyle="-" if joined else "none")
+        paper = {"color": color, "alpha": 0.55, "linestyle": ":"} if name else {"color": "#9d9d9d", "linestyle": ":"}
+        _draw_bars(axes, _points(members, x, "paper"), label=f"{name or 'the same rows'}, in the paper", **paper)
+    _mark_diverged(axes, rows, x)
+    if result.get("knee") and x == "global_batch":
+        _draw_knee(axes, result["knee"])
+    axes.set_xscale("log", base=2 if x == "global_batch" else 10)
+    _plain_numbers(axes.xaxis)
     axes.set_xlabel(_LABELS[x])
     axes.set_ylabel(_LABELS[result["settings"]["measure"]])
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Numbers without powers on a logarithmic axis; between the decades where there are less than two."""
+    from matplotlib.ticker import FuncFormatter, LogFormatter
+
+    chosen = LogFormatter(minor_thresholds=(2, 0.5))  # which of them get a number; it would write 0.2 as 2e-01
+    chosen.set_axis(axis)
+
+    def plain(value: float, position: int | None = None) -> str:
+        chosen.set_locs(axis.get_minorticklocs())
+        return f"{value:g}" if chosen(value, position) else ""
+
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(FuncFormatter(plain))
 
 
 def _points(rows: Sequence[Result], x: str, which: str) -> list[tuple[float, Result]]:
@@ -94,12 +118,32 @@ def _points(rows: Sequence[Result], x: str, which: str) -> list[tuple[float, Res
     return sorted(((row[x], row[which]) for row in rows if row[which]), key=lambda point: point[0])
 
 
-def _draw_bars(axes: Any, points: Sequence[tuple[float, Result]], **style: Any) -> None:
+def _draw_bars(axes: Any, points: Sequence[tuple[float, Result]], **style: Any) -> Any:
+    """Means with bars of two standard deviations; returns their colour, None where there are no points."""
     if not points:
-        return
-    spread = [_STDS * (sample["std"] or 0.0) for _, sample in points]
+        return None
     means = [sample["mean"] for _, sample in points]
-    axes.errorbar([place for place, _ in points], means, yerr=spread, marker="o", markersize=4, capsize=3, **style)
+    above = [_STDS * (sample["std"] or 0.0) for _, sample in points]
+    # On a logarithmic axis a bar that reached zero would have no end.
+    shortest = 0.5 if axes.get_yscale() == "log" else 0.0
+    below = [max(0.0, mean - max(mean - spread, shortest * mean)) for mean, spread in zip(means, above, strict=True)]
+    drawn = axes.errorbar(
+        [place for place, _ in points], means, yerr=[below, above], marker="o", markersize=4, capsize=3, **style
+    )
+    return drawn.lines[0].get_color()
+
+
+def _mark_diverged(axes: Any, rows: Sequence[Result], x: str) -> None:
+    """A cross at the upper edge for rows of which a seed has diverged, and how many of how many."""
+    label = "diverged, of so many seeds"
+    for row in rows:
+        states = [run["state"] for run in row["runs"]]
+        if "diverged" in states:
+            place, across = row[x], axes.get_xaxis_transform()
+            axes.plot([place], [0.97], marker="x", color="#e45756", transform=across, linestyle="none", label=label)
+            label = "_nolegend_"
+            words = f"{states.count('diverged')}/{len(states)}"
+            axes.text(place, 0.95, words, transform=across, fontsize=8, ha="center", va="top", color="#e45756")
 
 
 def _draw_knee(axes: Any, knee: Result) -> None:

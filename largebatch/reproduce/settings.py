@@ -26,6 +26,15 @@ class PaperValue(Section):
     """Standard deviation, where the paper gives one."""
 
 
+class Expectation(Section):
+    """An order of two rows that the source states without a spread to test it by."""
+
+    lower: str
+    """The row whose measure is lower."""
+    than: str
+    """The row whose measure is higher."""
+
+
 class Row(Section):
     """One line of the table: a config delta, trained once for each seed."""
 
@@ -93,6 +102,8 @@ class Experiment(Section):
     """top1_error: median of the last five evaluations; train_loss: the last point of the training curve."""
     curve: CurveSettings = CurveSettings()
     plots: list[PlotSettings]
+    expect: list[Expectation] = Field(default=[])
+    """What the report holds against what was measured, beside the rows' `paper` values."""
     compare_weights: bool = False
     """Also report how far each run's weights are from those of the same seed in the row it is compared with."""
     noise_scale: bool = False
@@ -110,6 +121,7 @@ class Experiment(Section):
             raise ValueError(f"rows: {sorted(twice)} are named twice; give each row a name of its own")
         asked = [self.reference, *(row.against for row in self.rows if row.against)]
         asked += [name for plot in self.plots for name in plot.rows]
+        asked += [name for order in self.expect for name in (order.lower, order.than)]
         missing = [name for name in asked if name not in names]
         if missing:
             raise ValueError(f"there is no row {missing[0]!r}{did_you_mean(missing[0], names)}")

@@ -46,14 +46,14 @@ def results_table(result: Result) -> str:
         for key in ("paper", "comparison", "early_sign", "weights", "noise_scale")
     }
     columns += ["the paper"] * has["paper"] + ["difference", "p"] * has["comparison"]
-    columns += ["training curve against the reference's"] * has["early_sign"] + ["weights"] * has["weights"]
+    columns += ["training curve"] * has["early_sign"] + ["weights"] * has["weights"]
     columns += ["gradient noise scale"] * has["noise_scale"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         cells = [row["name"], str(row["global_batch"]), _number(row["peak_lr"], "g"), measured(row, digits)]
         cells += [mean_std(row["paper"])] * has["paper"]
         cells += _difference(row, result) * has["comparison"]
-        cells += [describe_sign(row["early_sign"]) if row["early_sign"] else ""] * has["early_sign"]
+        cells += [_sign(row, result)] * has["early_sign"]
         cells += [_weights(row["weights"])] * has["weights"]
         cells += [_number(row["noise_scale"], ".0f")] * has["noise_scale"]
         lines.append(cells)
@@ -77,9 +77,10 @@ def mean_std(sample: Result | None, digits: int = 2) -> str:
 
 
 def readme_block(results: Sequence[Result], folder: str) -> str:
-    """What the README shows: each result's table and verdicts, with a link to the report in `folder`."""
+    """What the README shows: the table and verdicts of each result that asks for it, with a link to the report in
+    `folder`, and how long all `results` took."""
     parts = []
-    for result in results:
+    for result in [result for result in results if result["readme"]]:
         name, provenance = result["experiment"], result["provenance"]
         parts += [
             f"**{result['settings']['title']}** ({result['settings']['source']}), scale `{result['scale']}`:",
@@ -93,7 +94,26 @@ def readme_block(results: Sequence[Result], folder: str) -> str:
             f"`{provenance['command']}` on {'; '.join(provenance['machines'])}, {_duration(provenance)}; [report]"
             f"({folder}/{name}.md)",
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _all_durations(results)])
+
+
+def _all_durations(results: Sequence[Result]) -> str:
+    """Seconds of training of all experiments; a run that several share counts once, where it is met first."""
+    seen: set[str] = set()
+    found = {}
+    for result in sorted(results, key=lambda result: result["experiment"] == "minibatch-size"):
+        runs = {run["key"]: run.get("seconds", 0.0) for row in result["rows"] for run in row["runs"]}
+        new = {key: seconds for key, seconds in runs.items() if key not in seen}
+        seen |= new.keys()
+        found[result["experiment"]] = (len(new), sum(new.values()))
+    last = found.pop("minibatch-size", None)
+    names = ", ".join(f"`{name}`" for name in found)
+    said = f"{names} together: {_runs_and_time(*map(sum, zip(*found.values(), strict=True)))}"
+    return said + (f"; `minibatch-size` adds {_runs_and_time(*last)}." if last else ".")
+
+
+def _runs_and_time(runs: float, seconds: float) -> str:
+    return f"{runs:.0f} runs of {timedelta(seconds=round(seconds))} in all"
 
 
 def put_into(text: str, block: str) -> str | None:
@@ -111,9 +131,20 @@ def _difference(row: Result, result: Result) -> list[str]:
     found = row["comparison"]
     if not found:
         return ["", ""]
-    other = "" if row["against"] == result["settings"]["reference"] else f" (against {row['against']})"
+    other = "" if _is_reference(row, result) else f" (against {row['against']})"
     digits = _DIGITS[result["settings"]["measure"]]
     return [f"{found['difference']:+.{digits}f}{other}", f"{found['p']:.2g}"]
+
+
+def _sign(row: Result, result: Result) -> str:
+    """Whether the training curve leaves that of the row it is held against."""
+    if not row["early_sign"]:
+        return ""
+    return describe_sign(row["early_sign"], "the reference's" if _is_reference(row, result) else f"{row['against']}'s")
+
+
+def _is_reference(row: Result, result: Result) -> bool:
+    return row["against"] == result["settings"]["reference"]
 
 
 def _weights(distances: Sequence[Result | None] | None) -> str:
@@ -122,19 +153,53 @@ def _weights(distances: Sequence[Result | None] | None) -> str:
     known = [d for d in distances if d]
     if all(d["identical"] for d in known) and known:
         return f"identical to the last bit ({len(known)} of {len(distances)} seeds)"
-    return f"differ by up to {max(d['largest'] for d in known):.2g}" if known else ""
+    if not known:
+        return ""
+    weight, statistics = (max(d[key] for d in known) for key in ("weight", "statistics"))
+    return f"differ by up to {weight:.2g} (BatchNorm's running statistics by {statistics:.2g})"
 
 
 def _paragraphs(result: Result) -> list[str]:
     order = [result["order"]["words"]] if result["order"] else []
     knee = [result["knee"]["words"]] if result["knee"] else []
-    return [*_verdicts(result), *order, *knee]
+    return [*_verdicts(result), *order, *_expected(result), *_best(result), *knee]
 
 
 def _verdicts(result: Result) -> list[str]:
     """Whether each row shows what the paper showed."""
     lines = [f"- *{row['name']}* {row['verdict']['words']}" for row in result["rows"] if row["verdict"]]
     return ["\n".join(lines)] if lines else []
+
+
+def _expected(result: Result) -> list[str]:
+    """Whether the orders that the source states are seen here."""
+    rows = {row["name"]: row for row in result["rows"]}
+    digits = _DIGITS[result["settings"]["measure"]]
+    said = {"yes": "agrees", "no": "contradicts", "open": "not shown here"}
+    lines = []
+    for order in result["expected"]:
+        lower, than = rows[order["lower"]], rows[order["than"]]
+        p = "" if order["p"] is None else f" (p = {order['p']:.2g})"
+        lines.append(
+            f"- {said[order['agrees']]}: the source has *{lower['name']}* below *{than['name']}*; here they are at "
+            f"{measured(lower, digits)} and {measured(than, digits)}{p}"
+        )
+    return ["\n".join(lines)] if lines else []
+
+
+def _best(result: Result) -> list[str]:
+    """Which learning rate each line of rows wants."""
+    rows = {row["name"]: row for row in result["rows"]}
+    digits = _DIGITS[result["settings"]["measure"]]
+    lines = []
+    for best in result["best"]:
+        edge = "; the end of what was tried, so the best may lie beyond" if best["at_the_edge"] else ""
+        lost = ", ".join(f"{lr:g}" for lr in best["diverged"])
+        lines.append(
+            f"- *{best['line']}* (kn = {best['global_batch']}): {best['peak_lr']:g}, with "
+            f"{measured(rows[best['row']], digits)}{edge}" + (f"; a seed or more diverged at {lost}" if lost else "")
+        )
+    return ["The learning rate at which each is lowest:\n\n" + "\n".join(lines)] if lines else []
 
 
 def _curve_table(result: Result) -> list[str]:

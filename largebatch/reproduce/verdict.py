@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from largebatch.reproduce.settings import PaperValue
+from largebatch.reproduce.settings import Expectation, PaperValue
 from largebatch.reproduce.statistics import SIGNIFICANT, Sample, Welch, welch
 
 PAPERS_RUNS = 5
@@ -37,6 +37,55 @@ def verdict(ours: Welch | None, papers: Welch | None) -> dict[str, str] | None:
     if there == 0:
         return {"agrees": "no", "words": f"differs: {_WORDS[here]} here only: {seen}"}
     return {"agrees": "no", "words": f"contradicts: {_WORDS[here]} here, {_WORDS[there]} in the paper: {seen}"}
+
+
+def check_expectation(order: Expectation, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether the row that the source has lower is lower here: ``agrees`` is yes, no or open, as for `verdict`.
+
+    A row of which a seed has diverged is not lower than any, whatever the mean of the others.
+    """
+    lower, than = rows[order.lower], rows[order.than]
+    found = welch(than["sample"], lower["sample"])
+    direction = found.direction if found else 0
+    if direction == -1 and _diverged(lower):
+        direction = 0
+    return {
+        "lower": order.lower,
+        "than": order.than,
+        "p": found.p if found else None,
+        "agrees": {-1: "yes", 0: "open", 1: "no"}[direction],
+    }
+
+
+def best_of_lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each line of rows with several learning rates, the row whose measure is lowest.
+
+    Rows of which a seed has diverged are no candidates, and are counted.
+    """
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["line"], []).append(row)
+    found = []
+    for line, members in lines.items():
+        usable = [row for row in members if row["sample"] and not _diverged(row)]
+        if line and usable and len({row["peak_lr"] for row in members}) > 1:
+            best = min(usable, key=lambda row: row["sample"].mean)
+            rates = [row["peak_lr"] for row in members]
+            found.append(
+                {
+                    "line": line,
+                    "row": best["name"],
+                    "global_batch": best["global_batch"],
+                    "peak_lr": best["peak_lr"],
+                    "at_the_edge": best["peak_lr"] in (min(rates), max(rates)),
+                    "diverged": [row["peak_lr"] for row in members if _diverged(row)],
+                }
+            )
+    return found
+
+
+def _diverged(row: Mapping[str, Any]) -> bool:
+    return any(run["state"] == "diverged" for run in row["runs"])
 
 
 def compare_order(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
