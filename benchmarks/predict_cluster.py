@@ -25,6 +25,11 @@ from largebatch.benchmark.performance import Layout, predict
 
 ROOT = Path(__file__).parents[1]
 SEEN_RATES, UNSEEN_RATE = ("100mbit", "400mbit"), "200mbit"
+# What a fit takes, kept so that another model can be fitted to the same measurements.
+FITTED = (
+    "mode", "world_size", "step", "other", "data_wait", "compute_by_rank", "compute_steps_by_rank", "buckets",
+    "replay_seconds",
+)  # fmt: skip
 ENVIRONMENT = ("platform", "python", "packages", "cpu", "memory", "threads", "git")
 
 
@@ -101,6 +106,9 @@ def check(arguments: argparse.Namespace, reduction: str) -> dict[str, Any]:
             {
                 "rate": rate,
                 "steps": {m["world_size"]: m["step"] for m in result["measurements"]},
+                "measurements": [{k: m[k] for k in FITTED} for m in result["measurements"]],
+                "ranks_per_node": result["ranks_per_node"],
+                "measured_network": result["measured_network"],
                 "allreduce": [
                     {k: a[k] for k in ("world_size", "reduction", "size", "seconds")} for a in result["allreduce"]
                 ],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from largebatch.benchmark.breakdown import Window, break_down, efficiency
+from largebatch.benchmark.breakdown import Window, break_down, clearly_above_zero, efficiency
 from largebatch.benchmark.cases import WITH_DDP, WITHOUT_DDP, Case, make_rows
 from largebatch.benchmark.collectives import bandwidths
 from largebatch.benchmark.measure import Measured
 from largebatch.benchmark.options import Options, check_world, default_counts, parse_counts, parse_rate
 from largebatch.benchmark.results import measurements
+from largebatch.benchmark.tables import machine_text, tune_table
 from largebatch.config import Config
 from largebatch.errors import ConfigError, UserError
 
@@ -79,6 +80,42 @@ def test_efficiency_is_of_each_round_by_itself() -> None:
     assert efficiency("1 rank", strong, 16, base, 32).value == pytest.approx(0.5 / 0.6)
 
 
+@pytest.mark.parametrize(
+    ("gains", "clear"),
+    [
+        ([0.10, 0.11, 0.09, 0.10, 0.12, 0.10, 0.08], True),
+        ([0.10, 0.11, 0.09, 0.10, 0.12, 0.10, -0.01], False),  # one round of seven is slower
+        ([0.10, 0.11, 0.09, 0.10, 0.12, 0.10, 0.09, 0.11, 0.10, -0.01], True),  # one of ten
+        ([0.03, 0.11, 0.01, 0.05, 0.12, 0.02, 0.08], False),  # median 5 %; the middle half is 7 % wide
+        ([0.10, 0.11, 0.09, 0.10], False),  # too few rounds
+        ([0.0] * 7, False),
+    ],
+)
+def test_a_gain_has_to_stand_out_of_the_rounds(gains: list[float], clear: bool) -> None:
+    assert clearly_above_zero(gains) is clear
+
+
+def test_the_table_of_settings_judges_by_the_raw_rounds() -> None:
+    base = [100.0] * 7
+    tried = [
+        {"name": name, "gain": 0.1, "spread": 0.02, "numerics": "", "images_per_second": own,
+         "images_per_second_as_configured": base}
+        for name, own in (("lucky", [110.0] * 6 + [99.0]), ("better", [110.0] * 7))
+    ]  # fmt: skip
+    head, rows = tune_table({"tried": tried})
+    assert head[2] == "faster beyond noise"
+    assert {row[0]: row[2] for row in rows} == {"lucky": "no", "better": "yes"}
+
+
+def test_a_machine_is_named_with_its_instructions_where_they_are_known() -> None:
+    environment = {"cpu": {"model": "CPU", "cores": 2}, "packages": {"torch": "2.15.0"}, "python": "3.11.7"}
+    assert machine_text(environment) == "CPU, 2 cores, torch 2.15.0, Python 3.11.7"
+    environment["cpu"] = {"model": "CPU", "cores": 2, "capability": "AVX2", "bf16": False}
+    assert machine_text(environment) == "CPU, 2 cores (AVX2, no bf16), torch 2.15.0, Python 3.11.7"
+    environment["cpu"] = {"model": "CPU", "cores": 2, "capability": None, "bf16": None}
+    assert machine_text(environment) == "CPU, 2 cores, torch 2.15.0, Python 3.11.7"
+
+
 def test_bandwidths_are_those_of_nccl_tests() -> None:
     algbw, busbw = bandwidths(size=100_000_000, seconds=0.05, world_size=8)
     assert algbw == pytest.approx(2e9)
@@ -96,6 +133,23 @@ def test_weak_keeps_the_workers_of_a_rank_and_strong_the_minibatch() -> None:
     strong = [row.case for row in rows if row.mode == "strong"]
     assert weak == [Case(1, 4, False), Case(1, 4, True), Case(2, 8, True), Case(3, 12, True)]
     assert strong == [Case(1, 12, False), Case(1, 12, True), Case(2, 12, True), Case(3, 12, True)]
+
+
+def test_the_noise_scale_is_not_measured_here_and_refuses_no_case() -> None:
+    config = Config.model_validate(
+        {
+            "batch": {"virtual_workers": 2, "images_per_worker": 32},
+            "execution": {"reduction": "reproducible"},
+            "logging": {"noise_scale_every_steps": 10},
+        }
+    )
+    with pytest.raises(ConfigError, match="needs two of them"):
+        config.with_workers(1)
+    for row in make_rows(config, Options(ranks=(1, 2))):
+        made = row.case.config(config)
+        assert made.batch.virtual_workers == row.case.virtual_workers
+        assert made.logging.noise_scale_every_steps == 0
+    assert config.logging.noise_scale_every_steps == 10
 
 
 def test_workers_per_rank_may_be_said() -> None:

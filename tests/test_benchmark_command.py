@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from ranks import run_ranks
 
+from largebatch.benchmark import command
 from largebatch.benchmark.command import benchmark
 from largebatch.benchmark.harness import Harness
 from largebatch.benchmark.options import Options
@@ -129,8 +130,11 @@ def test_predictions_come_with_the_error_of_their_fit(result: tuple[Path, dict[s
     prediction = result[1]["prediction"]
     assert prediction["algorithm"] == "direct"
     assert set(prediction["leave_one_out"]) == {"N=2", "N=3"}
-    assert [(p["world_size"], p["nodes"]) for p in prediction["predictions"][::4]] == [(3, 1), (8, 3)]
-    assert "leave-one-out error" in (result[0] / "benchmark.md").read_text()
+    assert {(p["world_size"], p["nodes"]) for p in prediction["predictions"]} == {(3, 1), (8, 3)}
+    text = (result[0] / "benchmark.md").read_text()
+    assert "leave-one-out error" in text
+    assert all(f"assumed: {assumption}" in text for assumption in prediction["assumptions"])
+    assert len(prediction["assumptions"]) >= 3
 
 
 def test_the_csv_has_a_line_for_each_measurement(result: tuple[Path, dict[str, Any]]) -> None:
@@ -151,6 +155,8 @@ def test_tuned_settings_are_yaml_that_a_config_takes(result: tuple[Path, dict[st
         "reduction=fast, compression=bf16",
         "virtual_workers=6",
     }
+    assert "twice the ±" in text
+    assert "twice the ±" in (result[0] / "benchmark.md").read_text()
 
 
 def test_what_changes_numbers_says_so() -> None:
@@ -162,7 +168,7 @@ def test_what_changes_numbers_says_so() -> None:
 
 
 def _trial(settings: dict[str, dict[str, Any]], gain: float, numerics: str = "") -> dict[str, Any]:
-    return {"settings": settings, "gain": gain, "spread": 0.01, "numerics": numerics}
+    return {"settings": settings, "gain": gain, "spread": 0.01, "numerics": numerics, "faster": gain > 0.01}
 
 
 def test_together_the_faster_of_two_values_wins() -> None:
@@ -180,8 +186,34 @@ def test_without_a_faster_setting_the_config_is_kept() -> None:
     lines = tune_notes(
         {"world_size": 2, "tried": [_trial({"batch": {"virtual_workers": 8}}, 0.001, "x")], "best": None}
     )
-    assert len(lines) == 1
-    assert "keep the config" in lines[0]
+    assert len(lines) == 2
+    assert "of 1 settings some are ahead by chance" in lines[0]
+    assert "keep the config" in lines[1]
+
+
+def test_what_changes_numbers_is_named_only_if_it_was_clearly_faster() -> None:
+    tried = [_trial({"execution": {"reduction": "fast"}}, gain, "rounded") for gain in (0.3, 0.005)]
+    text = "\n".join(tune_notes({"world_size": 2, "tried": tried, "best": None}))
+    assert "+30.0" in text
+    assert "+0.5" not in text
+
+
+def test_a_precision_that_the_cpu_emulates_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def slow(precision: str, device: torch.device) -> str:
+        asked.append(f"{precision} on {device.type}")
+        return "slow here"
+
+    monkeypatch.setattr(command, "slow_precision", slow)
+    monkeypatch.setattr(command, "_measure_all", lambda *_: print("measuring"))
+    monkeypatch.setattr(command, "write", lambda *_: None)
+    config = Config.model_validate({**TINY, "execution": {"device": "cpu", "precision": "bf16"}})
+    benchmark(config, Options(ranks=(1,)), Launch(), tmp_path, command="benchmark tiny.yaml")
+    assert asked == ["bf16 on cpu"]
+    assert capsys.readouterr().out.splitlines() == ["warning: slow here", "measuring"]
 
 
 def test_there_is_nothing_to_tune_with_one_rank() -> None:

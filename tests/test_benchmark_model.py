@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ import numpy as np
 import pytest
 
 from largebatch.benchmark import paper
-from largebatch.benchmark.fit import fit, nonnegative_least_squares
+from largebatch.benchmark.fit import fit, fit_communication, nonnegative_least_squares, rate_of
 from largebatch.benchmark.forecast import check_forecast, forecast
-from largebatch.benchmark.options import Options
+from largebatch.benchmark.options import Options, parse_rate
 from largebatch.benchmark.performance import (
+    ALGORITHMS,
     Layout,
     Message,
     Parameters,
@@ -25,6 +29,7 @@ from largebatch.benchmark.performance import (
     predict,
     replay,
 )
+from largebatch.benchmark.tables import prediction_notes
 from largebatch.errors import UserError
 
 RATE = 1e9
@@ -57,6 +62,18 @@ def test_messages_that_follow_one_another() -> None:
     assert _seconds("halving_doubling", Layout(44, 1), latency_between=1.0) == 12
     assert _seconds("two_level", Layout(32, 8), latency_between=1.0) == 4
     assert _seconds("two_level", Layout(32, 8), latency_inside=1.0) == 14
+
+
+@pytest.mark.parametrize(("ranks", "sent"), [(2, 1), (3, 4), (4, 6), (1024, 2046)])
+def test_direct_sends_a_message_to_every_other_rank_in_each_of_two_turns(ranks: int, sent: int) -> None:
+    # Counted: N-1 messages in two turns, two ranks exchange in one; the first of a turn is its latency.
+    turns = 1 if ranks == 2 else 2
+    for layout in (Layout(ranks, ranks), Layout(ranks, 1)):
+        latency = _seconds("direct", layout, latency_inside=1.0, latency_between=1.0)
+        assert latency == turns
+        assert latency + _seconds("direct", layout, message_overhead=1.0) == sent
+    for other in ("ring", "halving_doubling", "two_level"):
+        assert _seconds(other, Layout(ranks, 1), message_overhead=1.0) == 0
 
 
 def test_what_leaves_a_node_of_four() -> None:
@@ -130,12 +147,18 @@ TRUTH = Parameters(
 SENT = [Message(4e6, 0.6), Message(1e6, 1.0)]
 
 
-def _result(rate: float | None, counts: tuple[int, ...], ranks_per_node: int = 1) -> dict[str, Any]:
-    """A `benchmark.json` of a machine that behaves as TRUTH."""
-    used = rate or 1e9
+def _result(
+    rate: float | None,
+    counts: tuple[int, ...],
+    ranks_per_node: int = 1,
+    reduction: str = "fast",
+    truth: Parameters = TRUTH,
+) -> dict[str, Any]:
+    """A `benchmark.json` of a machine that behaves as `truth`."""
+    used, algorithm = rate or 1e9, {"fast": "ring", "reproducible": "direct"}[reduction]
     measured = []
     for n in counts:
-        step = predict(TRUTH, SENT, Layout(n, ranks_per_node), algorithm="ring", rate=used).step
+        step = predict(truth, SENT, Layout(n, ranks_per_node), algorithm=algorithm, rate=used).step
         found = {
             "mode": "weak", "world_size": n, "global_batch": 32 * n, "step": step, "other": 0.002, "data_wait": 0.0,
             "compute_steps_by_rank": [[0.05] * 4] * n, "compute_by_rank": [0.05] * n, "replay_seconds": 0.05,
@@ -146,16 +169,16 @@ def _result(rate: float | None, counts: tuple[int, ...], ranks_per_node: int = 1
         measured.append(found)
     allreduce = [
         {
-            "reduction": "fast",
+            "reduction": reduction,
             "world_size": n,
             "size": size,
-            "seconds": allreduce_seconds(TRUTH, messages("ring", size, Layout(n, ranks_per_node), used)),
+            "seconds": allreduce_seconds(truth, messages(algorithm, size, Layout(n, ranks_per_node), used)),
         }
         for n in counts
         for size in (4096, 65536, 1 << 20, 1 << 24)
     ]
     return {
-        "config": {"execution": {"reduction": "fast"}},
+        "config": {"execution": {"reduction": reduction}},
         "ranks_per_node": ranks_per_node,
         "measured_network": rate,
         "measurements": measured,
@@ -217,10 +240,109 @@ def test_ranks_of_one_node_are_refused_when_only_nodes_were_measured() -> None:
 def test_a_forecast_names_what_it_assumes_of_a_network_that_was_not_measured() -> None:
     found = forecast(_result(None, (2, 3), ranks_per_node=4), Options(ranks=(2, 3), predict=(64,), network=6.25e9))
     assert [p["algorithm"] for p in found["predictions"]] == ["ring", "halving_doubling", "two_level", "direct"]
-    assert len(found["assumptions"]) == 2
+    (overhead, work, latency, messages_of_a_rank) = found["assumptions"]
+    assert "network overhead 1.17" in overhead
+    assert "0.1 ns beside the network's" in work
+    assert "latency between nodes 25 µs a message, the larger of 25 µs and the 10 µs fitted" in latency
+    assert "each further message of a rank takes 10 µs" in messages_of_a_rank
+    assert "--ranks with an N above 2 and reduction: reproducible tells it" in messages_of_a_rank
+    assert all(f"assumed: {text}" in prediction_notes(found) for text in found["assumptions"])
     first = found["predictions"][0]
     assert (first["nodes"], first["global_batch"], first["baseline"]) == (16, 2048, "1 rank without DDP")
     assert first["efficiency"] == pytest.approx(0.054 / first["step"])
+
+
+# What two cores with gloo gave: half a millisecond a message, 1.4 GB/s; and a node with fast links.
+MACHINES = {
+    "slow inside": replace(TRUTH, latency_inside=531e-6, seconds_per_byte_inside=7e-10, jitter=0.004, contention=2.1),
+    "fast inside": replace(TRUTH, latency_inside=5e-6, seconds_per_byte_inside=1e-11),
+}
+
+
+def _steps(machine: str, reduction: str, ranks_per_node: int, counts: tuple[int, ...]) -> dict[tuple[str, int], float]:
+    """Predicted seconds by algorithm and N, from two ranks of one node and the nominal rate of a network."""
+    result = _result(None, (2,), ranks_per_node=2, reduction=reduction, truth=MACHINES[machine])
+    options = Options(ranks=(2,), predict=counts, network=6.25e9, ranks_per_node=ranks_per_node)
+    return {(p["algorithm"], p["world_size"]): p["step"] for p in forecast(result, options)["predictions"]}
+
+
+@pytest.mark.parametrize("reduction", ["fast", "reproducible"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_no_prediction_gains_from_leaving_a_node(machine: str, reduction: str) -> None:
+    counts = (4, 6, 8, 16, 64, 1024)
+    whole = _steps(machine, reduction, 1024, counts)
+    assert {algorithm for algorithm, _ in whole} == {"ring", "halving_doubling", "direct"}
+    for per_node in (1, 2, 3, 4, 8):
+        spread = _steps(machine, reduction, per_node, counts)
+        for (algorithm, n), step in spread.items():
+            # Two levels are not one algorithm on one node; what they do there halving and doubling does best.
+            alone = whole["halving_doubling" if algorithm == "two_level" else algorithm, n]
+            assert step >= alone * (1 - 1e-12), (algorithm, n, per_node)
+
+
+@pytest.mark.parametrize("reduction", ["fast", "reproducible"])
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("per_node", [1, 2, 3, 4, 8])
+def test_no_prediction_gains_from_more_ranks(machine: str, reduction: str, per_node: int) -> None:
+    steps = _steps(machine, reduction, per_node, (*range(2, 40), 64, 256, 1024))
+    for algorithm in ALGORITHMS:
+        rising = [step for (name, _), step in steps.items() if name == algorithm]
+        # The images of a rank stay the same, so a longer step is a lower efficiency.
+        assert all(later >= sooner * (1 - 1e-12) for sooner, later in itertools.pairwise(rising)), algorithm
+        assert len(rising) > 30 or algorithm == "two_level"
+
+
+def test_links_between_nodes_that_were_measured_as_cheaper_are_raised_to_those_inside() -> None:
+    odd = replace(TRUTH, latency_inside=3e-4, seconds_per_byte_inside=5e-9)
+    result = _result(1e9, (2, 4, 8), ranks_per_node=4, truth=odd)
+    found = forecast(result, Options(ranks=(2, 4, 8), predict=(16,)))
+    parameters = found["parameters"]
+    assert parameters["latency_between"] == pytest.approx(3e-4, rel=1e-3)
+    assert parameters["network_overhead"] / 1e9 + parameters["host_per_byte"] == pytest.approx(5e-9, rel=1e-3)
+    assert "measured between nodes: 100 µs" in found["assumptions"][0]
+    assert "a byte between nodes takes 5 ns" in found["assumptions"][1]
+
+
+def test_what_a_message_costs_is_fitted_where_three_ranks_were_measured() -> None:
+    truth = replace(TRUTH, message_overhead=3e-5)
+    made = fit([_result(25e6, (2, 3), reduction="reproducible", truth=truth)])
+    assert made.parameters.message_overhead == pytest.approx(3e-5, rel=1e-3)
+    assert made.parameters.latency_between == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_with_two_ranks_alone_a_message_is_taken_to_cost_a_latency_and_it_is_said() -> None:
+    result = _result(None, (2,), ranks_per_node=2, reduction="reproducible")
+    found = forecast(result, Options(ranks=(2,), predict=(1024,), ranks_per_node=1024))
+    assert found["parameters"]["message_overhead"] == pytest.approx(TRUTH.latency_inside, rel=1e-3)
+    (said,) = found["assumptions"]
+    assert "the most that it can be" in said
+    assert "--ranks with an N above 2 tells it" in said
+    steps = {p["algorithm"]: p["step"] for p in found["predictions"]}
+    assert steps["direct"] == pytest.approx(steps["ring"])
+
+
+def test_messages_whose_cost_drowns_in_noise_are_told() -> None:
+    result = _result(None, (2, 3), ranks_per_node=4, reduction="reproducible")
+    (said,) = forecast(result, Options(ranks=(2, 3), predict=(4,)))["assumptions"]
+    assert "could not be told from noise up to N=3" in said
+
+
+def test_the_committed_all_reduces_of_the_cluster_are_fitted_well() -> None:
+    """Those of the size of its gradients, 4 MB, at N = 2 and 3 and two rates: within a few percent."""
+    text = (Path(__file__).parents[1] / "results/benchmark/predict_cluster.json").read_text()
+    for part in json.loads(text):
+        rates = [{"measured_network": parse_rate(s["rate"], "rate"), "ranks_per_node": 1} for s in part["seen"]]
+        rows = [
+            (rate, a)
+            for rate, s in zip(rates, part["seen"], strict=True)
+            for a in s["allreduce"]
+            if a["reduction"] == part["reduction"] and a["size"] in (4096, 1 << 22)
+        ]
+        parameters = Parameters(compute=0.0, **fit_communication(rows, part["algorithm"]))
+        for rate, a in rows:
+            if a["size"] > 4096:
+                coefficients = messages(part["algorithm"], a["size"], Layout(a["world_size"], 1), rate_of(rate))
+                assert allreduce_seconds(parameters, coefficients) == pytest.approx(a["seconds"], rel=0.15)
 
 
 def test_the_papers_cluster_by_hand() -> None:

@@ -29,8 +29,10 @@ class Case:
         return f"N={self.world_size}{ddp}, k={self.virtual_workers}"
 
     def config(self, config: Config) -> Config:
-        """`config` with this case's minibatch."""
-        return config.with_workers(self.virtual_workers)
+        """`config` with this case's minibatch, and without the gradient noise scale: it is not measured here, and
+        takes two passes, which a case may not have."""
+        logging = config.logging.model_copy(update={"noise_scale_every_steps": 0})
+        return config.model_copy(update={"logging": logging}).with_workers(self.virtual_workers)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from largebatch.benchmark.tables import (
     as_markdown,
     as_text,
     breakdown_table,
+    machine_text,
     prediction_notes,
     prediction_table,
     scaling_table,
+    tune_rule,
     tune_table,
 )
 from largebatch.benchmark.tune import check_tune, tune, tune_notes
@@ -33,6 +35,7 @@ from largebatch.distributed.subgroups import Subgroups
 from largebatch.errors import UserError
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically, write_text_atomically
+from largebatch.training.precision import slow_precision
 
 Note = Callable[[str], None]
 
@@ -61,6 +64,9 @@ def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *
         group_of_one=True,
     ) as ranks:
         note: Note = _print if ranks.is_main else _silent
+        slow = slow_precision(execution.precision, ranks.device)
+        if slow:
+            note(f"warning: {slow}")
         result = _measure_all(config, options, launch, ranks, note, command)
         if ranks.is_main:
             write(result, run_dir, note)
@@ -133,6 +139,7 @@ def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
     notes = {}
     if "tune" in result:
         tables["Settings tried"] = tune_table(result["tune"])
+        notes["Settings tried"] = [tune_rule(result["tune"])]
     if "prediction" in result:
         tables["Prediction (weak scaling)"] = prediction_table(result["prediction"])
         notes["Prediction (weak scaling)"] = prediction_notes(result["prediction"])
@@ -142,7 +149,8 @@ def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
         "\n".join([f"## {title}", "", as_markdown(table), "", *(f"- {line}" for line in notes.get(title, [])), ""])
         for title, table in tables.items()
     ]
-    write_text_atomically(run_dir / "benchmark.md", f"`largebatch {result['command']}`\n\n" + "\n".join(pages))
+    head = f"`largebatch {result['command']}` on {machine_text(result['environment'])}\n\n"
+    write_text_atomically(run_dir / "benchmark.md", head + "\n".join(pages))
     for title, table in tables.items():
         note("\n".join(["", title, as_text(table), *notes.get(title, [])]))
     if "tune" in result:

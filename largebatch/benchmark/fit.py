@@ -146,7 +146,11 @@ def _fit_compute(measured: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorithm: str) -> dict[str, float]:
-    """The `COMMUNICATION` parameters that make the smallest relative errors over all measured all-reduces."""
+    """The `COMMUNICATION` parameters that make the smallest relative errors over all measured all-reduces.
+
+    Where no rank had more than one message to send in a turn, `message_overhead` is not known. It is taken as the
+    latency then, the most that it can be: no message leaves before the one before has arrived, as in a ring.
+    """
     coefficients = [
         messages(algorithm, a["size"], Layout(a["world_size"], r["ranks_per_node"]), rate_of(r)) for r, a in rows
     ]
@@ -155,7 +159,15 @@ def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorith
     names = [name for name in COMMUNICATION if name != "host_per_byte" or len({rate_of(r) for r, _ in rows}) > 1]
     matrix = np.array([[c[name] for name in names] for c in coefficients]).reshape(len(rows), len(names))
     found = nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(rows)))
-    return dict(zip(names, found.tolist(), strict=True))
+    parameters = dict(zip(names, found.tolist(), strict=True))
+    if not knows_messages(algorithm, rows):
+        parameters["message_overhead"] = max(parameters["latency_inside"], parameters["latency_between"])
+    return parameters
+
+
+def knows_messages(algorithm: str, rows: Sequence[tuple[Result, Mapping[str, Any]]]) -> bool:
+    """Whether the rows tell what it costs a rank to send several messages in a turn."""
+    return algorithm == "direct" and any(a["world_size"] > 2 for _, a in rows)
 
 
 def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from largebatch.benchmark.fit import NOTHING_MEASURED, Fit, Result, fit, rate_of
+from largebatch.benchmark.fit import NOTHING_MEASURED, Fit, Result, fit, knows_messages, rate_of
 from largebatch.benchmark.options import Options
 from largebatch.benchmark.performance import ALGORITHMS, Layout, Parameters, predict
 from largebatch.errors import UserError
@@ -38,6 +38,7 @@ def forecast(result: Result, options: Options) -> dict[str, Any]:
     """What `benchmark.json` holds as `prediction`. Raises UserError if nothing of communication was measured."""
     made = fit([result])
     parameters, rate, assumptions = _network(made.parameters, result, options)
+    assumptions += _of_messages(made, result)
     layouts = [Layout(count, options.ranks_per_node or result["ranks_per_node"]) for count in options.predict]
     return {
         "algorithm": made.algorithm,
@@ -49,7 +50,7 @@ def forecast(result: Result, options: Options) -> dict[str, Any]:
         "predictions": [
             _prediction(replace(made, parameters=parameters), layout, algorithm, rate)
             for layout in layouts
-            for algorithm in _headline_first(made.algorithm)
+            for algorithm in _algorithms(made.algorithm, layout)
         ],
     }
 
@@ -57,24 +58,75 @@ def forecast(result: Result, options: Options) -> dict[str, Any]:
 def _network(parameters: Parameters, result: Result, options: Options) -> tuple[Parameters, float, list[str]]:
     """The parameters and the nominal rate between the predicted nodes, and what is assumed about them."""
     between = any(Layout(a["world_size"], result["ranks_per_node"]).nodes > 1 for a in result["allreduce"])
-    rate = options.network
-    if rate is None:
-        return parameters, rate_of(result), []
-    if between and result.get("measured_network"):
-        return parameters, rate, []
-    assumptions = [
-        f"network overhead {ASSUMED_OVERHEAD:.2f}: bytes between nodes take so many times what {8e-9 * rate:g} Gbit/s "
-        "would (§4 of the paper), since its share of the nominal rate was not measured"
-    ]
-    changed = {"network_overhead": ASSUMED_OVERHEAD}
-    if not between:
-        changed["latency_between"] = ASSUMED_LATENCY
-        assumptions.append(f"latency between nodes {1e6 * ASSUMED_LATENCY:g} µs a message, since none was measured")
-    return replace(parameters, **changed), rate, assumptions
+    rate = rate_of(result) if options.network is None else options.network
+    if not between and options.network is None:
+        return parameters, rate, []  # one node
+    changed, assumptions = {}, []
+    if options.network is not None and not (between and result.get("measured_network")):
+        own_work = parameters.seconds_per_byte_inside
+        changed = {"network_overhead": ASSUMED_OVERHEAD, "host_per_byte": own_work}
+        assumptions = [
+            f"network overhead {ASSUMED_OVERHEAD:.2f}: bytes between nodes take so many times what {8e-9 * rate:g} "
+            "Gbit/s would (§4 of the paper), since its share of the nominal rate was not measured",
+            f"hosts' own work on a byte between nodes: {1e9 * own_work:.3g} ns beside the network's, what a byte takes "
+            "inside a node"
+            if own_work
+            else "hosts' own work on a byte between nodes: none, since none could be told from what was measured",
+        ]
+        if not between:
+            latency = changed["latency_between"] = max(ASSUMED_LATENCY, parameters.latency_inside)
+            assumptions.append(
+                f"latency between nodes {1e6 * latency:.0f} µs a message, the larger of {1e6 * ASSUMED_LATENCY:g} µs "
+                f"and the {1e6 * parameters.latency_inside:.0f} µs fitted inside a node, since none was measured"
+            )
+    known, dearer = _no_cheaper_than_inside(replace(parameters, **changed), rate)
+    return known, rate, assumptions + dearer
 
 
-def _headline_first(algorithm: str) -> Sequence[str]:
-    return [algorithm, *(other for other in ALGORITHMS if other != algorithm)]
+def _no_cheaper_than_inside(p: Parameters, rate: float) -> tuple[Parameters, list[str]]:
+    """`p` with messages and bytes between nodes at least as dear as inside one, and what that changed.
+
+    The hosts that send and add are the same, and a wire comes on top.
+    """
+    assumptions, changed = [], {}
+    if p.latency_between < p.latency_inside:
+        changed["latency_between"] = p.latency_inside
+        assumptions.append(
+            f"latency between nodes {1e6 * p.latency_inside:.0f} µs a message, as fitted inside a node, which cannot "
+            f"be longer; measured between nodes: {1e6 * p.latency_between:.0f} µs"
+        )
+    missing = p.seconds_per_byte_inside - p.network_overhead / rate - p.host_per_byte
+    if missing > 0:
+        changed["host_per_byte"] = p.host_per_byte + missing
+        assumptions.append(
+            f"a byte between nodes takes {1e9 * p.seconds_per_byte_inside:.3g} ns, as fitted inside a node, where it "
+            f"cannot take longer; measured between nodes: {1e9 * (p.network_overhead / rate + p.host_per_byte):.3g} ns"
+        )
+    return replace(p, **changed), assumptions
+
+
+def _of_messages(made: Fit, result: Result) -> list[str]:
+    """What is not known of a rank that sends many messages in a turn, as only `direct` does."""
+    overhead, largest = made.parameters.message_overhead, max(a["world_size"] for a in result["allreduce"])
+    if not knows_messages(made.algorithm, [(result, a) for a in result["allreduce"]]):
+        remedy = "--ranks with an N above 2" + ("" if made.algorithm == "direct" else " and reduction: reproducible")
+        return [
+            f"direct: each further message of a rank takes {1e6 * overhead:.0f} µs, a whole latency, which is the most "
+            f"that it can be: direct has then as many messages that follow one another as a ring; {remedy} tells it"
+        ]
+    if overhead < 1e-9:
+        return [
+            f"direct: what a rank's further messages cost could not be told from noise up to N={largest}, and counts "
+            "as nothing: at a large N direct is slower than predicted"
+        ]
+    return []
+
+
+def _algorithms(own: str, layout: Layout) -> Sequence[str]:
+    """The measured one first. Two levels where they differ: on one node they are a ring, on nodes of up to three
+    ranks, where a ring has no more messages, halving and doubling."""
+    levels = layout.nodes > 1 and layout.on_node > 3
+    return [own, *(other for other in ALGORITHMS if other != own and (levels or other != "two_level"))]
 
 
 def _prediction(made: Fit, layout: Layout, algorithm: str, rate: float) -> dict[str, Any]:

@@ -18,7 +18,13 @@ _COLOURS = {
     "other": "#9d9d9d",
     "weak": "#4c78a8",
     "strong": "#54a24b",
-    "prediction": "#b279a2",
+}
+# Told apart without colour too; "direct" and "ring" often lie close together.
+_ALGORITHMS = {
+    "direct": ("#b279a2", "s"),
+    "ring": ("#e45756", "^"),
+    "halving_doubling": ("#4c78a8", "v"),
+    "two_level": ("#54a24b", "D"),
 }
 Measurements = Sequence[Mapping[str, Any]]
 
@@ -145,24 +151,32 @@ def _prediction(measurements: Measurements, prediction: Mapping[str, Any]) -> An
     """Efficiency over N: measured, and predicted for each algorithm, with the band of the leave-one-out error."""
     figure, (axes,) = _axes()
     measured = _by_mode(measurements)["weak"]
-    counts = [m["world_size"] for m in measured]
-    axes.plot(counts, [100 * m["efficiency"] for m in measured], "o-", color=_COLOURS["weak"], label="measured")
-    algorithms = list(dict.fromkeys(p["algorithm"] for p in prediction["predictions"]))
-    for algorithm, style in zip(algorithms, ("s-", "s--", "s-.", "s:"), strict=False):
-        found = [p for p in prediction["predictions"] if p["algorithm"] == algorithm]
-        xs, ys = [p["world_size"] for p in found], [100 * p["efficiency"] for p in found]
-        counts = sorted({*counts, *xs})
-        main = algorithm == prediction["algorithm"]
-        colour = _COLOURS["prediction"] if main else "grey"
-        axes.plot(xs, ys, style, color=colour, label=f"predicted, {algorithm.replace('_', ' ')}", markersize=5)
-        if main and prediction["error"] is not None:
-            low, high = ([y / (1 + sign * prediction["error"]) for y in ys] for sign in (1, -1))
-            axes.fill_between(xs, low, high, color=colour, alpha=0.2, label="± leave-one-out error")
+    counts, efficiencies = [m["world_size"] for m in measured], [100 * m["efficiency"] for m in measured]
+    axes.plot(counts, efficiencies, "o-", color="black", label="measured", zorder=3)
+    own = prediction["algorithm"]
+    predictions = [p for p in prediction["predictions"] if p["world_size"] > counts[-1]]
+    for algorithm in dict.fromkeys(p["algorithm"] for p in predictions):
+        found = [p for p in predictions if p["algorithm"] == algorithm]
+        if algorithm == "two_level":  # a ring, as long as there is one node
+            found = [p for p in predictions if p["algorithm"] == "ring" and p["nodes"] == 1] + found
+        # Every line starts at the last measured point.
+        xs = [counts[-1], *(p["world_size"] for p in found)]
+        ys = [efficiencies[-1], *(100 * p["efficiency"] for p in found)]
+        colour, marker = _ALGORITHMS[algorithm]
+        name = algorithm.replace("_", "/" if algorithm == "halving_doubling" else "-")
+        label = f"predicted, {name}" + (" (as measured)" if algorithm == own else "")
+        style = "-" if algorithm == own else "--"
+        axes.plot(xs, ys, style, color=colour, marker=marker, markevery=slice(1, None), markersize=5, label=label)
+        if algorithm == own and prediction["error"] is not None:
+            low, high = ([ys[0], *(y / (1 + e) for y in ys[1:])] for e in (prediction["error"], -prediction["error"]))
+            axes.fill_between(xs, low, high, color=colour, alpha=0.2, label="± largest leave-one-out error")
     axes.set_xscale("log", base=2)
-    _count_axis(axes, counts)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel(f"weak scaling efficiency (%) vs {measured[0]['baseline']}")
-    axes.legend(fontsize="small")
+    _count_axis(axes, sorted({*counts, *(p["world_size"] for p in predictions)}))
+    axes.set_ylim(0, 1.1 * max(efficiencies))
+    axes.set_ylabel(f"weak scaling efficiency (%)\nvs {measured[0]['baseline']}")
+    if prediction["error"] is None:
+        axes.set_title("no error band: it takes two measured N above 1", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 

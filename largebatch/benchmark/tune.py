@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from largebatch.benchmark.breakdown import interquartile_range
+from largebatch.benchmark.breakdown import clearly_above_zero, interquartile_range
 from largebatch.benchmark.harness import Harness
 from largebatch.benchmark.options import Options
+from largebatch.benchmark.tables import tune_rule
 from largebatch.config import Config
 from largebatch.data.source import ImageSource
 from largebatch.distributed.environment import Ranks
@@ -101,10 +102,10 @@ def tune(
     ]
     note(f"tuning at N={members.world_size}: {len(possible)} settings")
     tried = _compare(config, possible, members, sources, options)
-    harmless = [t for t in tried if not t["numerics"] and t["gain"] > t["spread"] / 2]
+    harmless = [t for t in tried if not t["numerics"] and t["faster"]]
     together = _combine(harmless)
     best = _compare(config, [together], members, sources, options)[0] if together.settings else None
-    if best is not None and best["gain"] <= best["spread"] / 2:
+    if best is not None and not best["faster"]:
         best = None
     return {"world_size": members.world_size, "tried": tried, "best": best}
 
@@ -142,6 +143,7 @@ def _gain(trial: _Trial, base: _Trial) -> dict[str, Any]:
         "numerics": trial.candidate.numerics,
         "gain": statistics.median(gains),
         "spread": interquartile_range(gains),
+        "faster": clearly_above_zero(gains),
         "images_per_second": trial.images_per_second,
         "images_per_second_as_configured": base.images_per_second,
     }
@@ -158,14 +160,14 @@ def _combine(faster: Sequence[dict[str, Any]]) -> Candidate:
 
 def tune_notes(found: dict[str, Any]) -> list[str]:
     """What to paste, as YAML."""
-    lines = []
+    lines = [f"# {tune_rule(found)}"]
     best = found["best"]
     if best is None:
-        lines.append("# no setting that keeps the numbers was faster by more than the spread: keep the config")
+        lines.append("# no setting that keeps the numbers was faster beyond noise: keep the config")
     else:
         lines.append(f"# {_percent(best)} images/s at N={found['world_size']}; the numbers of a training stay the same")
         lines.append(yaml.safe_dump(best["settings"], sort_keys=False).rstrip())
-    faster = [t for t in found["tried"] if t["numerics"] and t["gain"] > t["spread"] / 2]
+    faster = [t for t in found["tried"] if t["numerics"] and t["faster"]]
     for trial in sorted(faster, key=lambda t: -t["gain"]):
         lines.append(f"# {_percent(trial)} images/s by themselves, but they change numbers: {trial['numerics']}")
         lines += [f"# {line}" for line in yaml.safe_dump(trial["settings"], sort_keys=False).splitlines()]
