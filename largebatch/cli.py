@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -196,7 +197,7 @@ def doctor(
         typer.Argument(metavar="[CONFIG]", help="Also try what this YAML config needs.", show_default=False),
     ] = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path, typer.Option(help="Where run folders will be, for its disk.")] = Path("runs"),
+    run_dir: Annotated[Path, typer.Option(parser=_folder, help="Where run folders will be.")] = Path("runs"),
     ranks: Annotated[int | None, typer.Option(help="Ranks on this machine.  [default: its GPUs]", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> int:
@@ -332,8 +333,18 @@ def _images_of(config: Any) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0 done, 2 the user's input is wrong, 3 stopped by health, 75 preempted with a checkpoint written.
+    0 done, 2 the user's input is wrong, 3 stopped by health, 75 preempted with a checkpoint written. It is also left in
+    the file LARGEBATCH_STATUS_FILE.<rank> where that variable is set: torchrun exits with 1 whatever its ranks did.
     """
+    status = _run(arguments)
+    left = os.environ.get("LARGEBATCH_STATUS_FILE")
+    if left:
+        with contextlib.suppress(OSError):
+            Path(f"{left}.{_from_launcher('RANK', 'SLURM_PROCID') or 0}").write_text(f"{status}\n", encoding="ascii")
+    return status
+
+
+def _run(arguments: list[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no "§" is no reason to stop
     if "" not in sys.path:

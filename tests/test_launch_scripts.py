@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from largebatch.cli import main
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [".ci/run", "launch/torchrun.sh", "launch/slurm.sbatch", "tests/parts/cluster.sh", "tests/parts/slurm.sh"]
 
@@ -111,6 +113,18 @@ class TestTorchrun:
         assert "bare has no torch or no largebatch" in done.stderr
 
 
+def test_a_command_leaves_its_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For launch/slurm.sbatch, since torchrun hides it."""
+    monkeypatch.setenv("LARGEBATCH_STATUS_FILE", str(tmp_path / "status"))
+    assert main(["config", "schema"]) == 0
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["train", str(tmp_path / "missing.yaml")]) == 2
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"status.0": "0\n", "status.3": "2\n"}
+    monkeypatch.setenv("LARGEBATCH_STATUS_FILE", "/nowhere/status")
+    assert main(["train", str(tmp_path / "missing.yaml")]) == 2
+
+
 # An srun that runs one node's part: what follows its options, as Slurm would start it on the first node.
 SRUN = """
 echo "srun" "$@" | head -n 1
@@ -179,7 +193,7 @@ class TestSlurm:
         add_program(
             programs,
             "srun",
-            "trap 'echo srun told; sleep 0.5; echo srun saved; exit 1' USR1; kill -USR1 $PPID; "
+            "trap 'echo srun told; sleep 0.5; echo srun saved; exit 75' USR1; kill -USR1 $PPID; "
             "for _ in {1..1000}; do sleep 0.1; done",
         )
         done = self.run(programs, "train", "x")
@@ -188,15 +202,44 @@ class TestSlurm:
         assert "asks to be requeued" in says
         assert done.returncode == 75
 
-    def test_ranks_that_are_told_to_stop_by_themselves_requeue(self, programs: Path) -> None:
-        """scancel --signal=USR1 tells the step and not the script; torchrun exits with 1 whatever its ranks did."""
-        add_program(
-            programs, "recorder", "trap 'echo saved; exit 1' USR1; kill -USR1 $PPID $$; while :; do sleep 0.1; done"
-        )
+    def test_an_srun_that_the_signal_ends_before_it_can_pass_it_on_requeues(self, programs: Path) -> None:
+        add_program(programs, "srun", "kill -USR1 $PPID; for _ in {1..1000}; do sleep 0.1; done")
         done = self.run(programs, "train", "x")
-        saved, _, requeued = done.stdout.splitlines()[2:]
-        assert (saved, requeued) == ("saved", "scontrol requeue 123456")
         assert done.returncode == 75
+        assert "scontrol requeue 123456" in done.stdout
+
+    @pytest.mark.parametrize("status", [2, 3, 1])
+    def test_out_of_time_without_a_checkpoint_does_not_requeue(self, programs: Path, status: int) -> None:
+        waits = f"trap 'exit {status}' USR1; kill -USR1 $PPID; for _ in {{1..1000}}; do sleep 0.1; done"
+        add_program(programs, "srun", waits)
+        done = self.run(programs, "train", "x")
+        assert done.returncode == status
+        assert "requeue" not in done.stdout
+
+    @pytest.mark.parametrize(
+        ("ranks", "status"),
+        [
+            (["75", "75"], 75),
+            (["75"], 75),  # the other was lost, after its checkpoint
+            ([], 75),  # ended by the signal, while they started
+            (["2", "2"], 2),
+            (["3", "3"], 3),
+            (["1", "2"], 2),
+            (["1", "1"], 1),
+        ],
+    )
+    def test_ranks_that_are_told_by_themselves_say_whether_it_is_requeued(
+        self, programs: Path, tmp_path: Path, ranks: list[str], status: int
+    ) -> None:
+        """scancel --signal=USR1 tells the step and not the script; torchrun exits with 1 whatever its ranks did."""
+        say = "".join(f'echo {said} >"$LARGEBATCH_STATUS_FILE.{rank}"; ' for rank, said in enumerate(ranks))
+        note = f'echo "${{LARGEBATCH_STATUS_FILE%/*}}" >"{tmp_path}/folder"; '
+        waits = "kill -USR1 $PPID $$; for _ in {1..1000}; do sleep 0.1; done"
+        add_program(programs, "recorder", f"trap '{note}{say}exit 1' USR1; {waits}")
+        done = self.run(programs, "train", "x")
+        assert done.returncode == status, done.stderr
+        assert ("scontrol requeue 123456" in done.stdout) == (status == 75)
+        assert not Path((tmp_path / "folder").read_text().strip()).exists()
 
     def test_a_run_that_ends_well_out_of_time_is_not_requeued(self, programs: Path) -> None:
         add_program(programs, "srun", "trap 'exit 0' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done")

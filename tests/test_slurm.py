@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -95,6 +96,24 @@ def test_an_array_and_a_signal_to_one_of_its_tasks(slurm: Hosts, tmp_path: Path)
     assert tensor_hashes(tmp_path / "run-1") == expected
 
 
+def test_a_stop_without_a_checkpoint_is_not_requeued(slurm: Hosts, tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "run"
+    job = submit(slurm, log, [], "--run-dir", run, *LONG, "schedule.epochs=1000")
+    wait_until(lambda: (run / "metrics.jsonl").exists(), "a training", 60)
+    with contextlib.suppress(FileNotFoundError):
+        (run / "checkpoints").rename(run / "elsewhere")
+    (run / "checkpoints").touch()  # where no folder can be made
+    slurm.run("switch", "scancel", "--signal=USR1", job)
+    try:
+        wait_until(lambda: states(slurm, job) == ["FAILED"], "the end of the job", 60)
+    finally:
+        slurm.run("switch", "scancel", job)
+        print(log.read_text())
+    assert "a checkpoint could not be written" in log.read_text()
+    assert "requeued" not in log.read_text()
+    assert "ExitCode=2:0" in slurm.run("switch", "scontrol", "show", "job", job)
+
+
 @pytest.mark.timeout(600)
 def test_out_of_time(slurm: Hosts, tmp_path: Path) -> None:
     """Slurm's own signal before the time limit, which it looks at each 30 s: so this takes a minute or two."""
@@ -114,7 +133,7 @@ def test_a_node_without_the_interpreter_ends_the_job_at_once(slurm: Hosts, tmp_p
     log = tmp_path / "log"
     command = ["sbatch", "--parsable", f"--output={log}", ROOT / "launch/slurm.sbatch", "train", DIGITS]
     job = slurm.run("switch", *command, **(SETTINGS | {"PYTHON": "/nowhere/python"})).strip()
-    wait_until(lambda: states(slurm, job) == ["FAILED"], "the end of the job", 20)
+    wait_until(lambda: states(slurm, job) == ["FAILED"], "the end of the job", 60)
     assert "PYTHON=/nowhere/python is no program here" in log.read_text()
 
 

@@ -65,10 +65,11 @@ start() {
     # One for all: its socket is a file, and they share the files.
     daemon switch munged munged --force --foreground --socket="$dir/munge.sock" --key-file="$dir/munge/key" \
         --pid-file="$dir/munge/pid" --seed-file="$dir/munge/seed" --log-file="$dir/munge/log"
-    for _ in {1..50}; do
+    for _ in {1..300}; do
         [ ! -S "$dir/munge.sock" ] || break
         sleep 0.1
     done
+    [ -S "$dir/munge.sock" ] || fail "munged made no socket within 30 s: $(cat "$dir/log/munged.out")"
     daemon switch slurmctld slurmctld -D -f "$dir/slurm.conf"
     local node
     for node in $nodes; do
@@ -90,8 +91,8 @@ chmod 755 "$dir"
 chmod 700 "$dir/munge"
 configure
 start
-for _ in {1..100}; do
+for _ in {1..300}; do
     [ "$(idle_nodes)" -ne "$(wc -w <<<"$nodes")" ] || exit 0
     sleep 0.2
 done
-fail "the nodes did not come up"
+fail "the nodes did not come up within a minute"
