@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from run_folders import DIGITS, call
 
@@ -123,6 +126,33 @@ class TestMachine:
         assert "the checkpoints that are kept need 1.049e+06 TiB" in full.remedy
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_full_disk_without_a_config(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        full = shutil.disk_usage(tmp_path)._replace(free=0)
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: full)
+        assert machine.check_disk(tmp_path, Demand()).remedy == "free some, or choose another --run-dir"
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [("a" * 300, "File name too long"), ("a" * 300 + "/b", "File name too long"), ("file", "Not a")],
+    )
+    def test_a_run_folder_that_could_never_be(self, tmp_path: Path, name: str, why: str) -> None:
+        (tmp_path / "file").touch()
+        found = machine.check_disk(tmp_path / name, Demand())
+        assert verdict(found) == "error"
+        assert why in found.seen
+
+    def test_a_run_folder_below_one_that_may_not_be_searched(self, tmp_path: Path) -> None:
+        (tmp_path / "closed").mkdir(mode=0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may search all
+        try:
+            found = machine.check_disk(tmp_path / "closed/run", Demand())
+        finally:
+            os.seteuid(user)
+        assert verdict(found) == "error"
+        assert "Permission denied" in found.seen
+
     def test_a_disk_that_takes_nothing(self) -> None:
         assert verdict(machine.check_disk(Path("/proc/self"), Demand())) == "error"
 
@@ -199,6 +229,18 @@ class TestSoftware:
     def test_gpus(self, names: list[str], driver: int, level: str) -> None:
         assert verdict(software.check_gpus(names, driver)) == level
 
+    def test_a_precision_that_the_cpu_emulates(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cpu = torch.device("cpu")
+        assert verdict(software.check_precision("fp32", cpu)) == "ok"
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+        assert software.check_precision("bf16", cpu).line().endswith("bf16 on cpu")
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        slow = software.check_precision("bf16", cpu)
+        assert verdict(slow) == "warning"
+        assert slow.seen.startswith("this CPU has no instructions for bf16")
+        assert slow.remedy.startswith("execution.precision=fp32 is quicker")
+        assert verdict(software.check_precision("bf16", torch.device("cuda"))) == "ok"
+
     def test_gpu_clocks(self) -> None:
         lines = [
             "0, NVIDIA H100, 35, 345, 1980, 0x0000000000000001",
@@ -239,6 +281,7 @@ class TestCommand:
         done = call("doctor", DIGITS, "--run-dir", tmp_path, "--ranks", "2", "--json")
         findings = {found["subject"]: found for found in json.loads(done.out)}
         assert "images/s a rank" in findings["loader"]["seen"]
+        assert findings["precision"]["seen"] == "fp32 on cpu"
         assert "for 2 x (1 threads + 0 loaders)" in findings["cores"]["seen"]
 
     def test_pictures_need_loader_processes_and_shared_memory(self, tmp_path: Path) -> None:
@@ -264,6 +307,15 @@ class TestCommand:
         assert "error    loader" in done.out
         assert "disk" in done.out
         assert "Traceback" not in done.out + done.err
+
+    def test_run_folders_that_cannot_be(self) -> None:
+        done = call("doctor", "--run-dir", "a" * 300)
+        assert done.status == 1
+        assert "File name too long" in done.out
+        assert done.err == ""
+        empty = call("doctor", "--run-dir", "")
+        assert empty.status == 2
+        assert "names no folder" in empty.err
 
     def test_a_config_that_is_wrong_is_the_users_error(self) -> None:
         assert call("doctor", DIGITS, "batch.virtual_workers=0").status == 2

@@ -35,16 +35,19 @@ def examine(config: Config | None, run_dir: Path, ranks: int | None = None) -> I
     if config is None:
         yield from _machine(run_dir, Demand(ranks=here))
         return
-    demand = _demand(config, here)
+    demand, execution = _demand(config, here), config.execution
+    tried: list[Finding] = []
     try:
-        with connect(Launch(), device=config.execution.device, threads=config.execution.threads) as alone:
+        with connect(Launch(), device=execution.device, threads=execution.threads) as alone:
+            tried.append(software.check_precision(execution.precision, alone.device))
             checkpoints, loader = _try_config(config, alone)
+            tried.append(loader)
             demand = replace(demand, checkpoints=checkpoints)
     except UserError as error:
         problem, _, remedy = str(error).replace("\n", " ").rpartition("; ")
-        loader = Finding("loader", "error", problem or remedy, remedy)
+        tried.append(Finding("loader", "error", problem or remedy, remedy))
     yield from _machine(run_dir, demand)
-    yield loader
+    yield from tried
 
 
 def _software(gpus: list[str], driver: list[str]) -> Iterator[Finding]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,22 +157,32 @@ def check_clocks(root: Path) -> Finding:
 
 def check_disk(run_dir: Path, demand: Demand) -> Finding:
     """Free space and speed of the disk that will hold the run folder; writes 32 MiB there and removes them."""
-    folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.is_dir())
+    # os.path's, because Path's raise where a name is too long, or a folder may not be searched.
+    wanted = run_dir.absolute()
+    folder = next(path for path in (wanted, *wanted.parents) if os.path.isdir(path))
     trial = folder / f".largebatch-doctor-{os.getpid()}"
+    other = "choose another --run-dir"
     try:
+        _check_name(wanted)
         free = shutil.disk_usage(folder).free
         if free < 2 * _TRIAL + demand.checkpoints:
-            need = (
-                f"the checkpoints that are kept need {size(demand.checkpoints)}: free some, or choose another --run-dir"
-            )
-            return Finding("disk", "error", f"{size(free)} free in {folder}", need)
+            kept = f"the checkpoints that are kept need {size(demand.checkpoints)}: " if demand.checkpoints else ""
+            return Finding("disk", "error", f"{size(free)} free in {folder}", f"{kept}free some, or {other}")
         rate = _TRIAL / _seconds_to_write(trial)
     except OSError as error:
-        return Finding("disk", "error", f"{folder}: cannot be written ({error.strerror})", "choose another --run-dir")
+        return Finding("disk", "error", f"{error.filename or folder}: cannot be written ({error.strerror})", other)
     finally:
-        trial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
     slow = "checkpoints will be slow: choose a faster disk for --run-dir, or write fewer" if rate < _SLOW_DISK else ""
     return judged("disk", f"{size(free)} free in {folder}, {rate / 1e6:.0f} MB/s written", slow)
+
+
+def _check_name(folder: Path) -> None:
+    """Raise OSError for what could never be made a folder: a file, too long a name, below what may not be searched."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def _seconds_to_write(path: Path) -> float:

@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from largebatch.doctor.finding import Finding, judged, size
+from largebatch.training.precision import slow_precision
 
 MINIMUM = {"torch": (2, 11), "torchvision": (0, 26)}
 _QUERY = "index,name,temperature.gpu,clocks.sm,clocks.max.sm,clocks_throttle_reasons.active"
@@ -70,6 +71,12 @@ def check_gpus(names: list[str], driver_sees: int) -> Finding:
     mixed = len({name.split(",")[0] for name in names}) > 1
     remedy = "ranks wait for the slowest kind: choose one with CUDA_VISIBLE_DEVICES" if mixed else ""
     return judged("GPUs", "; ".join(names), remedy)
+
+
+def check_precision(precision: str, device: torch.device) -> Finding:
+    """A config's precision on the device that it is for: a CPU may only emulate it."""
+    slow, _, remedy = slow_precision(precision, device).partition("; ")
+    return judged("precision", slow.removeprefix("execution.precision: ") or f"{precision} on {device.type}", remedy)
 
 
 def visible_gpus() -> list[str]:
