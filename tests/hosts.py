@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 _PARTS = ROOT / "tests/parts"
+_REFUSED = 77  # the exit status with which cluster.sh says so
 _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 
@@ -63,11 +64,11 @@ class Hosts:
 
     def cable(self, host: str, state: str) -> None:
         """Pull a host's cable ("down") or put it back ("up")."""
-        subprocess.run([_PARTS / "cluster.sh", "cable", self.folder, host, state], check=True, timeout=10)
+        subprocess.run([_PARTS / "cluster.sh", "cable", self.folder, host, state], check=True, timeout=60)
 
     def power_off(self, host: str) -> None:
         """End every process of a host at once. Its connections are closed, unless its cable was pulled before."""
-        subprocess.run([_PARTS / "cluster.sh", "off", self.folder, host], check=True, timeout=10)
+        subprocess.run([_PARTS / "cluster.sh", "off", self.folder, host], check=True, timeout=60)
 
 
 @contextlib.contextmanager
@@ -85,7 +86,10 @@ def running_hosts(folder: Path, count: int) -> Iterator[Hosts]:
     try:
         said = script.stdout.readline()
         if said.strip() != "ready":
-            pytest.skip(f"hosts cannot be made here: {said}{script.stdout.read()}")
+            said += script.stdout.read()
+            if script.wait(30) == _REFUSED:
+                pytest.skip(f"hosts cannot be made here: {said}")
+            raise AssertionError(f"the hosts did not start: {said}")
         yield Hosts(folder)
     finally:
         script.stdin.close()  # which ends the script, and with it the hosts
@@ -105,7 +109,7 @@ def running_slurm(folder: Path, count: int) -> Iterator[Hosts]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=150,
             check=False,
         )
         assert started.returncode == 0, started.stderr

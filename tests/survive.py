@@ -16,14 +16,14 @@ from typing import Any
 from run_folders import DIGITS, SMALL, Outcome, saved_steps
 
 from largebatch.cli import main
-from largebatch.distributed import roll_call
 from largebatch.distributed.environment import RENDEZVOUS
+from largebatch.training.trainer import Trainer
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch", "torchvision", "largebatch.run", "torch.utils.tensorboard", "matplotlib.pyplot", "ranks", "survive"]
 )
-# kn and steps as in SMALL; evaluations are rare, and the ranks talk to each other within seconds or never.
+# kn and steps as in SMALL; evaluations are rare, and the ranks talk to each other within half a minute or never.
 QUICK = [*SMALL, "evaluation.every_epochs=2", "execution.timeout_minutes=0.5"]
 
 
@@ -124,10 +124,20 @@ def _run(
         file = os.open(f"{log}.{kind}", os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
     os.environ.update(variables)
-    roll_call._PATIENCE_SECONDS = 1.5
     if prepare is not None:
         prepare(rank, *prepare_args)
     sys.exit(main(arguments))
+
+
+def slow_steps(_: int) -> None:
+    """To prepare a rank: its steps are long enough to be hit in the middle, and the run to be hit before its end."""
+    train_step = Trainer._train_step
+
+    def slowly(self: Trainer, *inputs: Any) -> Any:
+        time.sleep(0.15)
+        return train_step(self, *inputs)
+
+    Trainer._train_step = slowly  # type: ignore[method-assign]
 
 
 def training(run_dir: Path, *arguments: str) -> list[str]:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from run_folders import saved_steps, tensor_hashes
-from survive import Fleet, newest_step, run_to_the_end, training
+from run_folders import records, saved_steps, tensor_hashes
+from survive import Fleet, newest_step, run_to_the_end, slow_steps, training
 
 from largebatch.recipe.draws import bits
+from largebatch.report.metrics import _RunWriter
 from largebatch.training import saver
 from largebatch.training.checkpoint import CheckpointFolder, TrainState
 from largebatch.training.saver import BackgroundSaver
@@ -59,21 +60,31 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 def _write_slowly(_: int) -> None:
-    """Steps go on while a checkpoint is written: it takes as long as several of them."""
-    save, train_step = CheckpointFolder.save, Trainer._train_step
+    """A checkpoint is on the disk two steps later, or when the trainer waits for it, since the next one is due."""
+    save, wait, train_step = CheckpointFolder.save, BackgroundSaver.wait, Trainer._train_step
+    now = {"step": 0, "awaited": 0}
 
     def slowly(self: CheckpointFolder, step: int, data: bytes) -> Path:
-        time.sleep(0.1)
+        deadline = time.monotonic() + 30
+        while now["step"] < step + 2 and not now["awaited"] and time.monotonic() < deadline:
+            time.sleep(0.002)
         return save(self, step, data)
+
+    def wait_for_it(self: BackgroundSaver) -> None:
+        now["awaited"] = 1
+        wait(self)
+        now["awaited"] = 0
 
     def pause(self: Trainer, *inputs: Any) -> Any:
         time.sleep(0.03)
         facts = train_step(self, *inputs)
         if self._saver._thread is not None and self._saver._thread.is_alive():
             print("a step while a checkpoint is written", flush=True)
+        now["step"] = self.step
         return facts
 
     CheckpointFolder.save = slowly  # type: ignore[method-assign]
+    BackgroundSaver.wait = wait_for_it  # type: ignore[method-assign]
     Trainer._train_step = pause  # type: ignore[method-assign]
 
 
@@ -132,13 +143,7 @@ def test_or_it_is_told_and_training_goes_on(undisturbed: Path, tmp_path: Path) -
 def _fail_from(rank: int, step: int) -> None:
     """No checkpoint can be written from `step` on, and steps are long enough to be hit."""
     _fail_at(rank, *range(step, 17))
-    train_step = Trainer._train_step
-
-    def slowly(self: Trainer, *inputs: Any) -> Any:
-        time.sleep(0.1)
-        return train_step(self, *inputs)
-
-    Trainer._train_step = slowly  # type: ignore[method-assign]
+    slow_steps(rank)
 
 
 def test_a_stop_whose_checkpoint_is_not_there_never_says_that_it_is(tmp_path: Path) -> None:
@@ -150,6 +155,28 @@ def test_a_stop_whose_checkpoint_is_not_there_never_says_that_it_is(tmp_path: Pa
             assert outcome.status == 2  # not 75: the same command would lose what was done since
             assert "whose checkpoint could not be written. The newest checkpoint is of step 3." in outcome.err
     assert saved_steps(tmp_path) == [3]
+
+
+def _fail_to_record(_: int) -> None:
+    write = _RunWriter.write
+
+    def full(self: _RunWriter, record: dict[str, float]) -> None:
+        if record["step"] == 9:
+            raise OSError(28, "No space left on device")
+        write(self, record)
+
+    _RunWriter.write = full  # type: ignore[method-assign]
+
+
+def test_a_record_that_cannot_be_written_stops_all_ranks(undisturbed: Path, tmp_path: Path) -> None:
+    with Fleet(2, *training(tmp_path), prepare=_fail_to_record) as fleet:
+        for outcome in fleet.outcomes():
+            assert outcome.status == 2
+            assert "a record of the metrics could not be written" in outcome.err
+            assert "Traceback" not in outcome.err
+    run_to_the_end(1, tmp_path)
+    assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
+    assert records(tmp_path)[-1]["step"] == 16
 
 
 def _run_out_of_memory(rank: int, step: int) -> None:
@@ -190,16 +217,6 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True, timeout=10)
 
 
-def _pause(_: int) -> None:
-    train_step = Trainer._train_step
-
-    def slowly(self: Trainer, *inputs: Any) -> Any:
-        time.sleep(0.05)
-        return train_step(self, *inputs)
-
-    Trainer._train_step = slowly  # type: ignore[method-assign]
-
-
 def fill(folder: Path) -> Path:
     """Leave not a byte."""
     filler = folder / "filler"
@@ -219,7 +236,7 @@ def test_a_disk_that_is_really_full(undisturbed: Path, tmp_path: Path, on_error:
     with mounted(disk, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         run_dir = disk / "run"
         command = training(run_dir, f"checkpoint.on_error={on_error}")
-        with Fleet(2, *command, prepare=_pause) as fleet:
+        with Fleet(2, *command, prepare=slow_steps) as fleet:
             fleet.until(lambda: newest_step(run_dir) >= 3)
             filler = fill(disk)
             outcomes = fleet.outcomes()
@@ -241,7 +258,7 @@ def test_a_disk_that_is_really_full(undisturbed: Path, tmp_path: Path, on_error:
 
 def test_a_folder_that_has_become_read_only(undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with Fleet(1, *training(run_dir), prepare=_pause) as fleet:
+    with Fleet(1, *training(run_dir), prepare=slow_steps) as fleet:
         fleet.until(lambda: newest_step(run_dir) >= 6)
         fleet.send(15)
         assert fleet.outcomes()[0].status == 75

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -147,15 +148,25 @@ def until(reached: Any, timeout: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+def processes_of(run_dir: Path) -> list[int]:
+    """All whose command line names this run folder: an agent and its ranks, orphans too."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if str(run_dir).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
 @pytest.fixture
-def agents() -> Iterator[list[subprocess.Popen[str]]]:
-    """Agents that a test started; nothing of them outlives it."""
+def agents(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Agents that a test started in its folder; nothing of them outlives it."""
     started: list[subprocess.Popen[str]] = []
     yield started
+    for pid in processes_of(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     for agent in started:
-        if agent.poll() is None:
-            for pid in [*children(agent.pid), agent.pid]:
-                os.kill(pid, signal.SIGKILL)
         agent.communicate(timeout=30)
 
 
@@ -175,7 +186,7 @@ def test_an_agent_restarts_a_killed_rank(
     assert agent.returncode == 0, out
     assert "going on from step" in out
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
-    assert alive(first) == []
+    until(lambda: alive(first) == [])
 
 
 @needs_proc
@@ -191,7 +202,7 @@ def test_a_killed_agents_ranks_stop_by_themselves(
     agent.wait(timeout=10)
     # At once, while the orphans may still be there: they let go of the folder.
     out = run_to_the_end(3, tmp_path, "checkpoint={every_steps: 1, keep: 3}")[0].out
-    assert alive(ranks) == []
+    until(lambda: alive(ranks) == [])
     assert "going on from step" in out
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
 
@@ -210,7 +221,7 @@ def test_an_agent_told_to_stop_leaves_no_process(
     out, _ = agent.communicate(timeout=60)
     assert agent.returncode != 0, "torchrun passes on no status of its ranks, but never 0"
     assert "with a checkpoint" in out
-    assert alive(ranks) == []
+    until(lambda: alive(ranks) == [])
     assert saved_steps(tmp_path)[-1] < 16
     run_to_the_end(1, tmp_path, *OFTEN)
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)

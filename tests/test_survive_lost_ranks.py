@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import signal
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from survive import Fleet, newest_step, training
+import torch
+from survive import Fleet, newest_step, slow_steps, training
 
+from largebatch import run
 from largebatch.data.known import Split
+from largebatch.distributed import environment
 from largebatch.distributed.environment import RENDEZVOUS
 from largebatch.errors import DataError
+from largebatch.report.lock import hold_folder
 from largebatch.training.trainer import Trainer
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-TIMEOUT = 3.0
+# Where a rank must be missed, and others not: a busy machine may stop any of them for some seconds.
+TIMEOUT = 10.0
 BRIEF = f"execution.timeout_minutes={TIMEOUT / 60}"
-# Until they give up, ask each other, and end; the machine may be busy.
-SOON = TIMEOUT + 15.0
+# Until they give up, ask each other, and end.
+SOON = TIMEOUT + 45.0
 
 
 def by_port() -> Callable[[int], dict[str, str]]:
@@ -50,7 +54,9 @@ def test_a_lost_rank_is_named(
     tmp_path: Path, world_size: int, victim: int, number: signal.Signals, rendezvous: Callable[[], Any]
 ) -> None:
     others = [rank for rank in range(world_size) if rank != victim]
-    with Fleet(world_size, *training(tmp_path, BRIEF), environ=rendezvous()) as fleet:
+    # One that is killed closes its connections, and is missed at once.
+    command = training(tmp_path, *([BRIEF] if number == STOP else []))
+    with Fleet(world_size, *command, environ=rendezvous(), prepare=slow_steps) as fleet:
         fleet.until(lambda: newest_step(tmp_path) >= 3)
         fleet.send(number, victim)
         for outcome in fleet.outcomes(timeout=SOON, ranks=others):
@@ -73,7 +79,7 @@ def _fail_at_step_5(rank: int, victim: int) -> None:
 
 
 def test_an_error_of_one_rank_is_quoted_by_the_others(tmp_path: Path) -> None:
-    with Fleet(3, *training(tmp_path, BRIEF), prepare=_fail_at_step_5, prepare_args=(1,)) as fleet:
+    with Fleet(3, *training(tmp_path), prepare=_fail_at_step_5, prepare_args=(1,)) as fleet:
         main, failed, last = fleet.outcomes(timeout=SOON)
     assert failed.status == 2
     assert failed.err.count("photos/cat.jpg: cut off") == 1
@@ -88,21 +94,43 @@ def test_an_error_of_one_rank_is_quoted_by_the_others(tmp_path: Path) -> None:
 
 def refused(environ: Callable[[int], dict[str, str]], *words: str, world_size: int = 2, arguments: Any = ()) -> None:
     """All ranks end soon with status 2, and say why."""
-    started = time.monotonic()
     with Fleet(world_size, *arguments, environ=environ) as fleet:
-        for outcome in fleet.outcomes(timeout=SOON + 15):
+        for outcome in fleet.outcomes(timeout=SOON):
             assert outcome.status == 2, fleet.story()
             assert "Traceback" not in outcome.err
             for word in words:
                 assert word in outcome.err
-    assert time.monotonic() - started < SOON + 15
 
 
 @pytest.mark.parametrize("rendezvous", [by_file, by_port])
 def test_world_sizes_that_disagree(tmp_path: Path, rendezvous: Callable[[], Any]) -> None:
     base = rendezvous()
     # A timeout that nobody would wait for: they must not need it.
-    refused(lambda r: {**base(r), "WORLD_SIZE": str(3 - r)}, "WORLD_SIZE=", arguments=training(tmp_path))
+    command = training(tmp_path, "execution.timeout_minutes=10")
+    refused(lambda r: {**base(r), "WORLD_SIZE": str(3 - r)}, "WORLD_SIZE=", arguments=command)
+
+
+def _other_backend(rank: int) -> None:
+    if rank == 1:
+        environment.choose_backend = lambda *_: "nccl"
+
+
+def test_backends_that_disagree(tmp_path: Path) -> None:
+    with Fleet(2, *training(tmp_path, "execution.timeout_minutes=10"), prepare=_other_backend) as fleet:
+        for outcome in fleet.outcomes(timeout=SOON):
+            assert outcome.status == 2, fleet.story()
+            assert "was started with WORLD_SIZE=2, backend" in outcome.err
+
+
+def _wait_shortly(_: int) -> None:
+    run.hold_folder = lambda folder: hold_folder(folder, patience_seconds=0.5)
+
+
+def test_a_folder_in_which_another_process_trains(tmp_path: Path) -> None:
+    with hold_folder(tmp_path), Fleet(2, *training(tmp_path), prepare=_wait_shortly) as fleet:
+        for outcome in fleet.outcomes(timeout=SOON):
+            assert outcome.status == 2
+            assert f"another process is training in {tmp_path}" in outcome.err
 
 
 def test_two_processes_of_one_rank(tmp_path: Path) -> None:
@@ -123,12 +151,22 @@ def _lower_rate(rank: int) -> None:
     """Rank 1 is started with another override."""
     import survive
 
-    run = survive.main
+    command = survive.main
 
     def main(arguments: list[str]) -> int:
-        return run([*arguments, "schedule.reference_lr=0.05"] if rank == 1 else arguments)
+        return command([*arguments, "schedule.reference_lr=0.05"] if rank == 1 else arguments)
 
     survive.main = main
+
+
+def _change_code(rank: int) -> None:
+    if rank == 1:
+        run.code_digest = lambda: "of another commit"
+
+
+def _update_torch(rank: int) -> None:
+    if rank == 1:
+        torch.__version__ += ".1"
 
 
 def _swap_images(rank: int) -> None:
@@ -144,10 +182,18 @@ def _swap_images(rank: int) -> None:
     load.read_known = swapped
 
 
-@pytest.mark.parametrize(("prepare", "what"), [(_lower_rate, "config"), (_swap_images, "training set")])
+@pytest.mark.parametrize(
+    ("prepare", "what"),
+    [
+        (_lower_rate, "config"),
+        (_change_code, "code of largebatch"),
+        (_update_torch, "version of torch"),
+        (_swap_images, "training set"),
+    ],
+)
 def test_what_differs_between_ranks_is_named(tmp_path: Path, prepare: Callable[[int], None], what: str) -> None:
     with Fleet(3, *training(tmp_path), prepare=prepare) as fleet:
-        for outcome in fleet.outcomes(timeout=SOON + 15):
+        for outcome in fleet.outcomes(timeout=SOON):
             assert outcome.status == 2
             assert f"the {what} on rank 1 is not that of rank 0" in outcome.err
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -9,7 +9,8 @@
 #   cluster.sh off DIR HOST                 power off: every process there dies at once; the host can be used again,
 #                                           as after a restart
 #
-# The host "switch" is reachable from all others too, for what belongs to no node.
+# The host "switch" is reachable from all others too, for what belongs to no node. Exit status 77: the kernel does not
+# let us.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 
@@ -18,6 +19,11 @@ network=10.77.0
 fail() {
     echo "cluster.sh: $*" >&2
     exit 1
+}
+
+refused() {
+    echo "cluster.sh: refused here: $*" >&2
+    exit 77
 }
 
 # What runs in a host as its process 1: it reaps orphans (bash does), and when it dies, all die with it.
@@ -36,11 +42,12 @@ boot() { # HOST
         unshare --net --uts --mount --pid --ipc --fork --kill-child --propagation private --mount-proc \
         bash -euc "$init" init "$1" "$dir" >"$dir/$1.log" 2>&1 </dev/null &
     local parent=$! children
-    for _ in {1..100}; do
+    for _ in {1..600}; do
         [ ! -e "$dir/$1.ready" ] || break
+        kill -0 "$parent" 2>/dev/null || refused "$(cat "$dir/$1.log")"
         sleep 0.05
     done
-    [ -e "$dir/$1.ready" ] || fail "$1 did not start: $(cat "$dir/$1.log")"
+    [ -e "$dir/$1.ready" ] || fail "$1 did not start within 30 s: $(cat "$dir/$1.log")"
     children=$(cat "/proc/$parent/task/$parent/children")
     echo "${children%% *}" >"$dir/$1.pid"
 }
@@ -68,7 +75,8 @@ limit() { # HOST RATE
 
 plug() { # HOST NUMBER
     # Not with `on`: among the switch's processes the host's has another number.
-    nsenter -t "$(pid_of switch)" --net ip link add "$1" type veth peer name eth0 netns "$(pid_of "$1")"
+    nsenter -t "$(pid_of switch)" --net ip link add "$1" type veth peer name eth0 netns "$(pid_of "$1")" ||
+        refused "a pair of virtual interfaces"
     on switch ip link set "$1" master br0 up
     on "$1" ip addr add "$network.$2/24" dev eth0
     on "$1" ip link set eth0 up
@@ -87,7 +95,7 @@ up() { # N [RATE]
     sed 's/^hosts:.*/hosts: files/' /etc/nsswitch.conf >"$dir/nsswitch.conf"
 
     boot switch
-    on switch ip link add br0 type bridge
+    on switch ip link add br0 type bridge || refused "a bridge"
     on switch ip addr add "$network.254/24" dev br0
     on switch ip link set br0 up
     for ((number = 1; number <= $1; number++)); do

@@ -9,8 +9,6 @@ Takes about four minutes on two cores. Needs root.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,10 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from elastic import RENDEZVOUS, TCP_RETRIES, give_up_early, start_agent
+from elastic import TCP_RETRIES, give_up_early, kill_agent, start_agent, starts
 from hosts import Hosts, running_hosts, wait_until
 from run_folders import DIGITS, saved_steps, tensor_hashes
 
+# With nothing else on the machine: a lost agent is noticed after 3 s, and nobody is waited for longer than 2 s.
+RENDEZVOUS = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
 TRAINING = [
     "schedule.epochs=120",
     "schedule.decay.kind=none",
@@ -48,20 +48,16 @@ class Story:
 
     def start(self, *hosts: str, meet_on: str = "node1") -> None:
         command = ("train", DIGITS, "--run-dir", self.run, *TRAINING)
-        self.agents |= {host: start_agent(self.hosts, host, self.log, *command, meet_on=meet_on) for host in hosts}
-
-    def kill_agent(self, host: str) -> None:
-        """SIGKILL to torchrun alone: its rank is left without it."""
-        nsenter = self.agents[host].pid
-        agent = Path(f"/proc/{nsenter}/task/{nsenter}/children").read_text().split()[0]
-        os.kill(int(agent), signal.SIGKILL)
-        self.agents[host].wait(10)
+        self.agents |= {
+            host: start_agent(self.hosts, host, self.log, *command, meet_on=meet_on, rendezvous=RENDEZVOUS)
+            for host in hosts
+        }
 
     def happens(self, what: str, do: Callable[[], None], ranks: int) -> None:
         """Do it, and wait until the training goes on with so many ranks and has saved again."""
-        before, starts, begun = max(saved_steps(self.run), default=0), self.starts(), time.monotonic()
+        before, earlier, begun = max(saved_steps(self.run), default=0), starts(self.log), time.monotonic()
         do()
-        wait_until(lambda: self.starts()[len(starts) :][-1:] == [ranks], f"{what}: {ranks} ranks", 180)
+        wait_until(lambda: starts(self.log)[len(earlier) :][-1:] == [ranks], f"{what}: {ranks} ranks", 180)
         seconds = time.monotonic() - begun
         wait_until(lambda: max(saved_steps(self.run), default=0) > before + 40, f"{what}: training", 180)
         self.events.append(
@@ -91,18 +87,13 @@ class Story:
         )
         print(self.events[-1], flush=True)
 
-    def starts(self) -> list[int]:
-        """The number of ranks of every start so far."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return [int(line.split()[2].rstrip(",")) for line in lines if line.startswith("ranks N ")]
-
 
 def tell(story: Story) -> None:
     """All that happens, to the end of the training."""
     nodes = ("node1", "node2", "node3")
     give_up_early(story.hosts, *nodes)
     story.happens("three hosts start", lambda: story.start(*nodes), 3)
-    story.happens("the agent of node3 is killed", lambda: story.kill_agent("node3"), 2)
+    story.happens("the agent of node3 is killed", lambda: kill_agent(story.agents["node3"]), 2)
     story.happens("node3 returns", lambda: story.start("node3"), 3)
     story.happens("the cable of node2 is pulled", lambda: story.hosts.cable("node2", "down"), 2)
     story.events[-1]["status_of_its_agent"] = story.agents["node2"].wait(60)
