@@ -210,7 +210,8 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
 
 
 def test_rows_that_share_a_place_in_a_sweep_are_all_drawn(tmp_path: Path) -> None:
-    row = {"line": "", "peak_lr": 0.1, "paper": {"mean": 2.0, "std": None, "n": 5}}
+    runs = [{"state": "finished"}, {"state": "diverged"}]
+    row = {"line": "", "peak_lr": 0.1, "paper": {"mean": 2.0, "std": None, "n": 5}, "runs": runs}
     rows = [{**row, "name": str(mean), "result": {"mean": mean, "std": 0.1, "n": 3}} for mean in (4.0, 3.0)]
     rows.append({**row, "name": "nothing yet", "result": None})
     result = {
