@@ -195,3 +195,4 @@ def test_time_counts_a_run_that_experiments_share_once() -> None:
     words = readme_block(results, "x")
     assert "`remarks`, `warmup` together: 3 runs of 0:01:15 in all" in words
     assert "`minibatch-size` adds 1 runs of 0:00:30 in all" in words
+    assert "`minibatch-size` together: 2 runs of 0:01:30 in all." in readme_block(results[:1], "x")

@@ -106,7 +106,7 @@ def _all_durations(results: Sequence[Result]) -> str:
         new = {key: seconds for key, seconds in runs.items() if key not in seen}
         seen |= new.keys()
         found[result["experiment"]] = (len(new), sum(new.values()))
-    last = found.pop("minibatch-size", None)
+    last = found.pop("minibatch-size", None) if len(found) > 1 else None
     names = ", ".join(f"`{name}`" for name in found)
     said = f"{names} together: {_runs_and_time(*map(sum, zip(*found.values(), strict=True)))}"
     return said + (f"; `minibatch-size` adds {_runs_and_time(*last)}." if last else ".")
