@@ -67,7 +67,7 @@ class Windows:
                 step=next(self._steps),
                 lr=0.01,
                 autocast=self._trainer.autocast,
-                scaler=self._trainer.scaler,
+                loss_scale=self._trainer.loss_scale,
             )
         self._saver.wait()
         assert self._saver.error is None

@@ -69,7 +69,7 @@ def our_window(
                 step=step,
                 lr=0.01,
                 autocast=trainer.autocast,
-                scaler=trainer.scaler,
+                loss_scale=trainer.loss_scale,
                 measure_noise=noise,
             )
         _wait(ranks)

@@ -23,8 +23,9 @@ from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.roll_call import name_lost_ranks
 from largebatch.errors import CheckpointError, ConfigError, DataError, UserError
 from largebatch.models.build import build
+from largebatch.models.compiled import compile_regions
 from largebatch.plan import Plan, describe, make_order, make_plan, run_schedule
-from largebatch.recipe.batch import deal_passes
+from largebatch.recipe.batch import deal_equally
 from largebatch.recipe.resize import Resize
 from largebatch.report.environment import code_digest, describe_environment
 from largebatch.report.files import write_bytes_atomically, write_json_atomically, write_text_atomically
@@ -106,7 +107,7 @@ def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Laun
     if resume == "auto":
         _check_same_config(config, run_dir)
     if resume == "never" or not _has_checkpoints(run_dir):  # else k may have been rescaled
-        deal_passes(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
+        deal_equally(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
 
 
 def _has_checkpoints(run_dir: Path) -> bool:
@@ -259,7 +260,7 @@ def build_model(config: Config, source: ImageSource, ranks: Ranks) -> nn.Module:
     if config.execution.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.execution.compile:
-        model.compile()  # in place: the names in its state_dict stay
+        compile_regions(model)
     return model
 
 

@@ -29,10 +29,11 @@ def _weights(launch: Launch, workers: int, settings: dict[str, Any]) -> list[flo
         virtual = VirtualWorkers(model, ranks, virtual_workers=workers, bucket_mb=0.001, **settings)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(3):
-            for pass_workers in virtual.passes(step):
-                images = torch.sin(torch.arange(4.0 * 3 * 64) * (1 + pass_workers.start) + step).view(4, 3, 8, 8)
-                logits = virtual(images.contiguous(memory_format=torch.channels_last))
-                virtual.backward(F.cross_entropy(logits, torch.arange(4)))
+            with virtual.step(step) as passes:
+                for pass_workers in passes:
+                    images = torch.sin(torch.arange(4.0 * 3 * 64) * (1 + pass_workers.start) + step).view(4, 3, 8, 8)
+                    logits = virtual(images.contiguous(memory_format=torch.channels_last))
+                    virtual.backward(F.cross_entropy(logits, torch.arange(4)))
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 

@@ -42,7 +42,7 @@ def _seconds(algorithm: str, layout: Layout, **parameters: float) -> float:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7, 8])
 def test_on_one_node_every_algorithm_moves_the_papers_volume(ranks: int) -> None:
-    for algorithm in ("ring", "halving_doubling", "two_level", "direct"):
+    for algorithm in ("ring", "halving_doubling", "two_level"):
         layout = Layout(ranks, 8)
         volume = _seconds(algorithm, layout, seconds_per_byte_inside=1e-9)
         assert volume == pytest.approx(2 * (ranks - 1) / ranks * 1e-3)
@@ -50,7 +50,7 @@ def test_on_one_node_every_algorithm_moves_the_papers_volume(ranks: int) -> None
 
 
 def test_one_rank_on_each_node_uses_the_links_between_them_only() -> None:
-    for algorithm in ("ring", "halving_doubling", "two_level", "direct"):
+    for algorithm in ("ring", "halving_doubling", "two_level"):
         assert _seconds(algorithm, Layout(4, 1), network_overhead=1.0) == pytest.approx(1.5e-3)
         assert _seconds(algorithm, Layout(4, 1), latency_inside=1.0, seconds_per_byte_inside=1.0) == 0
 
@@ -64,24 +64,10 @@ def test_messages_that_follow_one_another() -> None:
     assert _seconds("two_level", Layout(32, 8), latency_inside=1.0) == 14
 
 
-@pytest.mark.parametrize(("ranks", "sent"), [(2, 1), (3, 4), (4, 6), (1024, 2046)])
-def test_direct_sends_a_message_to_every_other_rank_in_each_of_two_turns(ranks: int, sent: int) -> None:
-    # Counted: N-1 messages in two turns, two ranks exchange in one; the first of a turn is its latency.
-    turns = 1 if ranks == 2 else 2
-    for layout in (Layout(ranks, ranks), Layout(ranks, 1)):
-        latency = _seconds("direct", layout, latency_inside=1.0, latency_between=1.0)
-        assert latency == turns
-        assert latency + _seconds("direct", layout, message_overhead=1.0) == sent
-    for other in ("ring", "halving_doubling", "two_level"):
-        assert _seconds(other, Layout(ranks, 1), message_overhead=1.0) == 0
-
-
 def test_what_leaves_a_node_of_four() -> None:
     layout = Layout(8, 4)
     assert _seconds("two_level", layout, network_overhead=1.0) == pytest.approx(1.0e-3)
     assert _seconds("ring", layout, network_overhead=1.0) == pytest.approx(2 * 7 / 8 * 1e-3)
-    # direct, counted: 4 ranks, to 4 ranks elsewhere, an eighth of the buffer each, twice
-    assert _seconds("direct", layout, network_overhead=1.0) == pytest.approx(4 * 4 / 8 * 2 * 1e-3)
 
 
 def test_expected_maximum_of_normal_numbers() -> None:
@@ -155,7 +141,7 @@ def _result(
     truth: Parameters = TRUTH,
 ) -> dict[str, Any]:
     """A `benchmark.json` of a machine that behaves as `truth`."""
-    used, algorithm = rate or 1e9, {"fast": "ring", "reproducible": "direct"}[reduction]
+    used, algorithm = rate or 1e9, "ring"
     measured = []
     for n in counts:
         step = predict(truth, SENT, Layout(n, ranks_per_node), algorithm=algorithm, rate=used).step
@@ -239,13 +225,11 @@ def test_ranks_of_one_node_are_refused_when_only_nodes_were_measured() -> None:
 
 def test_a_forecast_names_what_it_assumes_of_a_network_that_was_not_measured() -> None:
     found = forecast(_result(None, (2, 3), ranks_per_node=4), Options(ranks=(2, 3), predict=(64,), network=6.25e9))
-    assert [p["algorithm"] for p in found["predictions"]] == ["ring", "halving_doubling", "two_level", "direct"]
-    (overhead, work, latency, messages_of_a_rank) = found["assumptions"]
+    assert [p["algorithm"] for p in found["predictions"]] == ["ring", "halving_doubling", "two_level"]
+    (overhead, work, latency) = found["assumptions"]
     assert "network overhead 1.17" in overhead
     assert "0.1 ns beside the network's" in work
     assert "latency between nodes 25 µs a message, the larger of 25 µs and the 10 µs fitted" in latency
-    assert "each further message of a rank takes 10 µs" in messages_of_a_rank
-    assert "--ranks with an N above 2 and reduction: reproducible tells it" in messages_of_a_rank
     assert all(f"assumed: {text}" in prediction_notes(found) for text in found["assumptions"])
     first = found["predictions"][0]
     assert (first["nodes"], first["global_batch"], first["baseline"]) == (16, 2048, "1 rank without DDP")
@@ -259,32 +243,30 @@ MACHINES = {
 }
 
 
-def _steps(machine: str, reduction: str, ranks_per_node: int, counts: tuple[int, ...]) -> dict[tuple[str, int], float]:
+def _steps(machine: str, ranks_per_node: int, counts: tuple[int, ...]) -> dict[tuple[str, int], float]:
     """Predicted seconds by algorithm and N, from two ranks of one node and the nominal rate of a network."""
-    result = _result(None, (2,), ranks_per_node=2, reduction=reduction, truth=MACHINES[machine])
+    result = _result(None, (2,), ranks_per_node=2, truth=MACHINES[machine])
     options = Options(ranks=(2,), predict=counts, network=6.25e9, ranks_per_node=ranks_per_node)
     return {(p["algorithm"], p["world_size"]): p["step"] for p in forecast(result, options)["predictions"]}
 
 
-@pytest.mark.parametrize("reduction", ["fast", "reproducible"])
 @pytest.mark.parametrize("machine", MACHINES)
-def test_no_prediction_gains_from_leaving_a_node(machine: str, reduction: str) -> None:
+def test_no_prediction_gains_from_leaving_a_node(machine: str) -> None:
     counts = (4, 6, 8, 16, 64, 1024)
-    whole = _steps(machine, reduction, 1024, counts)
-    assert {algorithm for algorithm, _ in whole} == {"ring", "halving_doubling", "direct"}
+    whole = _steps(machine, 1024, counts)
+    assert {algorithm for algorithm, _ in whole} == {"ring", "halving_doubling"}
     for per_node in (1, 2, 3, 4, 8):
-        spread = _steps(machine, reduction, per_node, counts)
+        spread = _steps(machine, per_node, counts)
         for (algorithm, n), step in spread.items():
             # Two levels are not one algorithm on one node; what they do there halving and doubling does best.
             alone = whole["halving_doubling" if algorithm == "two_level" else algorithm, n]
             assert step >= alone * (1 - 1e-12), (algorithm, n, per_node)
 
 
-@pytest.mark.parametrize("reduction", ["fast", "reproducible"])
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("per_node", [1, 2, 3, 4, 8])
-def test_no_prediction_gains_from_more_ranks(machine: str, reduction: str, per_node: int) -> None:
-    steps = _steps(machine, reduction, per_node, (*range(2, 40), 64, 256, 1024))
+def test_no_prediction_gains_from_more_ranks(machine: str, per_node: int) -> None:
+    steps = _steps(machine, per_node, (*range(2, 40), 64, 256, 1024))
     for algorithm in ALGORITHMS:
         rising = [step for (name, _), step in steps.items() if name == algorithm]
         # The images of a rank stay the same, so a longer step is a lower efficiency.
@@ -301,30 +283,6 @@ def test_links_between_nodes_that_were_measured_as_cheaper_are_raised_to_those_i
     assert parameters["network_overhead"] / 1e9 + parameters["host_per_byte"] == pytest.approx(5e-9, rel=1e-3)
     assert "measured between nodes: 100 µs" in found["assumptions"][0]
     assert "a byte between nodes takes 5 ns" in found["assumptions"][1]
-
-
-def test_what_a_message_costs_is_fitted_where_three_ranks_were_measured() -> None:
-    truth = replace(TRUTH, message_overhead=3e-5)
-    made = fit([_result(25e6, (2, 3), reduction="reproducible", truth=truth)])
-    assert made.parameters.message_overhead == pytest.approx(3e-5, rel=1e-3)
-    assert made.parameters.latency_between == pytest.approx(1e-4, rel=1e-3)
-
-
-def test_with_two_ranks_alone_a_message_is_taken_to_cost_a_latency_and_it_is_said() -> None:
-    result = _result(None, (2,), ranks_per_node=2, reduction="reproducible")
-    found = forecast(result, Options(ranks=(2,), predict=(1024,), ranks_per_node=1024))
-    assert found["parameters"]["message_overhead"] == pytest.approx(TRUTH.latency_inside, rel=1e-3)
-    (said,) = found["assumptions"]
-    assert "the most that it can be" in said
-    assert "--ranks with an N above 2 tells it" in said
-    steps = {p["algorithm"]: p["step"] for p in found["predictions"]}
-    assert steps["direct"] == pytest.approx(steps["ring"])
-
-
-def test_messages_whose_cost_drowns_in_noise_are_told() -> None:
-    result = _result(None, (2, 3), ranks_per_node=4, reduction="reproducible")
-    (said,) = forecast(result, Options(ranks=(2, 3), predict=(4,)))["assumptions"]
-    assert "could not be told from noise up to N=3" in said
 
 
 def test_the_committed_all_reduces_of_the_cluster_are_fitted_well() -> None:

@@ -90,9 +90,10 @@ def _gradient(members: Ranks, *, exchange: bool = True) -> torch.Tensor:
 
 
 def _step(virtual: VirtualWorkers) -> None:
-    for workers in virtual.passes(0):
-        images, labels = _images(workers.start)
-        virtual.backward(F.cross_entropy(virtual(images), labels))
+    with virtual.step(0) as passes:
+        for workers in passes:
+            images, labels = _images(workers.start)
+            virtual.backward(F.cross_entropy(virtual(images), labels))
 
 
 def _expected(leaves: range) -> torch.Tensor:

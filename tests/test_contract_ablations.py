@@ -105,9 +105,10 @@ def one_step(over: str, images: Tensor, labels: Tensor) -> nn.Module:
         virtual = VirtualWorkers(
             model, ranks, virtual_workers=4, workers_per_pass=2, batchnorm_momentum=0.9, batchnorm_over=over
         )
-        for workers in virtual.passes(0):
-            chosen = slice(workers.start * 3, workers.stop * 3)
-            virtual.backward(F.cross_entropy(virtual(images[chosen]), labels[chosen]))
+        with virtual.step(0) as passes:
+            for workers in passes:
+                chosen = slice(workers.start * 3, workers.stop * 3)
+                virtual.backward(F.cross_entropy(virtual(images[chosen]), labels[chosen]))
     return model
 
 

@@ -60,7 +60,7 @@ def first_update(**sections: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
         step=0,
         lr=run.schedule.lr_at(0),
         autocast=run.autocast,
-        scaler=run.scaler,
+        loss_scale=run.loss_scale,
         loss_factor=run.loss_factor * run.schedule.loss_scale,
     )
     return before, run.virtual.model.state_dict()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from largebatch.errors import ConfigError
-from largebatch.recipe.batch import deal_passes
+from largebatch.recipe.batch import deal_equally
 from largebatch.recipe.order import EpochOrder, evaluation_batches, permutation
 
 IMAGES, K, N = 103, 4, 6  # 4 steps an epoch, 7 images dropped
@@ -52,8 +52,9 @@ def test_the_same_for_every_number_of_ranks(order: EpochOrder) -> None:
     for step in (0, 3, 4):
         whole = order.indices(step, range(K)).tolist()
         for world_size in range(1, K + 1):
-            dealt = [order.indices(step, part).tolist() for part in deal_passes(K, 1, world_size)]
-            assert [image for part in dealt for image in part] == whole
+            deal = deal_equally(K, 1, world_size)
+            dealt = [order.indices(step, w) for rank in range(world_size) for w in deal.workers_of(rank)]
+            assert np.concatenate(dealt).tolist() == whole
 
 
 def test_independent_of_who_asked_before(order: EpochOrder) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from run_folders import DIGITS, SMALL, records, scalars, summary, tensor_hashes, train_digits
+from run_folders import records, scalars, summary, tensor_hashes, train_digits
 from torch import nn
 
 from largebatch.cli import main
@@ -81,17 +81,29 @@ def test_reproducible_holds_for_every_way_to_execute(tmp_path: Path, world_size:
     assert_same_run(tmp_path / "one", tmp_path / "many")
 
 
-def _train_compiled(_: Launch, arguments: list[str]) -> int:
-    # Without generating code, which takes half a minute: this is about the wrapping and the names.
-    compile_module = nn.Module.compile
-    nn.Module.compile = lambda self: compile_module(self, backend="eager")  # type: ignore[method-assign]
+COMPILED = """
+model: {name: resnet20, width: 32}
+data: {name: synthetic, synthetic: {shape: [3, 16, 16], train_images: 48, val_images: 16}}
+batch: {virtual_workers: 4, images_per_worker: 4}
+schedule: {reference_lr: 0.1, reference_batch: 16, epochs: 1, warmup: {kind: none}, decay: {kind: none}}
+execution: {compile: true, precision: bf16, device: cpu}
+"""
+
+
+def test_reproducible_holds_for_a_compiled_model_in_bf16_at_any_bucket_size(tmp_path: Path) -> None:
+    """1.07 million parameters, so that DDP has several buckets; real code from inductor."""
+    (tmp_path / "c.yaml").write_text(COMPILED)
+    for name, world_size, bucket_mb in [("one", 1, 25), ("two", 2, 25), ("small", 2, 0.5)]:
+        command = ["train", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / name)]
+        arguments = [*command, f"execution.bucket_mb={bucket_mb}"]
+        assert run_ranks(_main, world_size, arguments, timeout=400.0) == [0] * world_size
+    for name in ("two", "small"):
+        assert tensor_hashes(tmp_path / name) == tensor_hashes(tmp_path / "one")
+        assert records(tmp_path / name) == records(tmp_path / "one")
+
+
+def _main(_: Launch, arguments: list[str]) -> int:
     return main(arguments)
-
-
-def test_reproducible_holds_for_a_compiled_model(alone: Path, tmp_path: Path) -> None:
-    command = ["train", DIGITS, "--run-dir", str(tmp_path), *SMALL, "execution.compile=true"]
-    assert run_ranks(_train_compiled, 2, command) == [0, 0]
-    assert_same_run(alone, tmp_path)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -122,10 +134,11 @@ def _train_in_float64(launch: Launch, reduction: str) -> np.ndarray:
         virtual = VirtualWorkers(model, ranks, virtual_workers=8, reduction=reduction)
         for step in range(4):
             pixels = uniform(np.arange(8 * 4 * 64), 7, step).reshape(8, 4, 1, 8, 8) - 0.5
-            for workers in virtual.passes(step):
-                images = torch.from_numpy(np.concatenate([pixels[worker] for worker in workers]))
-                labels = (images.sum(dim=(1, 2, 3)) > 0).long()
-                virtual.backward(F.cross_entropy(virtual(images), labels))
+            with virtual.step(step) as passes:
+                for workers in passes:
+                    images = torch.from_numpy(np.concatenate([pixels[worker] for worker in workers]))
+                    labels = (images.sum(dim=(1, 2, 3)) > 0).long()
+                    virtual.backward(F.cross_entropy(virtual(images), labels))
             optimizer.step()
     return _flat(model)
 

@@ -39,20 +39,20 @@ def _spoil_an_image(_: int, lag: int = 0) -> None:
 
     `lag`: steps after which facts are read, 1 on a GPU.
     """
-    passes, forward, train_step, make = (
-        VirtualWorkers.passes,
+    open_step, forward, train_step, make = (
+        VirtualWorkers.step,
         VirtualWorkers.__call__,
         Trainer._train_step,
         FactReader.__init__,
     )
     now = {"step": -1}
 
-    def passes_of(self: VirtualWorkers, step: int, **options: Any) -> Any:
+    def step_of(self: VirtualWorkers, step: int, **options: Any) -> Any:
         now["step"] = step
-        return passes(self, step, **options)
+        return open_step(self, step, **options)
 
     def spoil(self: VirtualWorkers, images: Tensor) -> Tensor:
-        if now["step"] == BAD_STEP and self._leaf == BAD_WORKER:
+        if now["step"] == BAD_STEP and self._pass.leaf == BAD_WORKER:
             images = images.clone()
             images[1, 0, 2, 3] = float("nan")
         return forward(self, images)
@@ -70,7 +70,7 @@ def _spoil_an_image(_: int, lag: int = 0) -> None:
         make(self, device)
         self._lag = lag
 
-    VirtualWorkers.passes = passes_of  # type: ignore[method-assign]
+    VirtualWorkers.step = step_of  # type: ignore[method-assign]
     VirtualWorkers.__call__ = spoil  # type: ignore[assignment,method-assign]
     Trainer._train_step = watch  # type: ignore[method-assign]
     FactReader.__init__ = late  # type: ignore[assignment,method-assign]
@@ -141,15 +141,15 @@ def test_the_checkpoint_that_is_being_written_counts_on_every_rank(tmp_path: Pat
 def _spoil_a_gradient(rank: int) -> None:
     """Rank 0's last pass of step 10 has a gradient that is infinite, and a loss that is not."""
     backward = VirtualWorkers.backward
-    passes = VirtualWorkers.passes
+    open_step = VirtualWorkers.step
     here = {"step": -1}
 
-    def passes_of(self: VirtualWorkers, step: int, **options: Any) -> Any:
+    def step_of(self: VirtualWorkers, step: int, **options: Any) -> Any:
         here["step"] = step
-        return passes(self, step, **options)
+        return open_step(self, step, **options)
 
     def spoil(self: VirtualWorkers, loss: torch.Tensor, **options: Any) -> None:
-        if rank == 0 and here["step"] == BAD_STEP and self._is_last_pass:
+        if rank == 0 and here["step"] == BAD_STEP and self._pass.last:
             weight = next(self.model.parameters())
             handle = weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
             backward(self, loss, **options)
@@ -157,7 +157,7 @@ def _spoil_a_gradient(rank: int) -> None:
         else:
             backward(self, loss, **options)
 
-    VirtualWorkers.passes = passes_of  # type: ignore[method-assign]
+    VirtualWorkers.step = step_of  # type: ignore[method-assign]
     VirtualWorkers.backward = spoil  # type: ignore[method-assign]
 
 

@@ -9,7 +9,7 @@ from largebatch.benchmark.options import Options
 from largebatch.config import Config
 from largebatch.errors import ConfigError
 from largebatch.plan import make_order
-from largebatch.recipe.batch import deal_passes
+from largebatch.recipe.batch import deal_equally
 
 WITHOUT_DDP = "1 rank without DDP"
 WITH_DDP = "1 rank with DDP"
@@ -48,7 +48,7 @@ def make_rows(config: Config, options: Options) -> list[Row]:
     modes = ("weak", "strong") if options.mode == "both" else (options.mode,)
     rows = [Row(mode, case) for mode in modes for size in options.ranks for case in _cases(config, options, mode, size)]
     for row in rows:
-        deal_passes(row.case.virtual_workers, config.execution.workers_per_pass, row.case.world_size)
+        deal_equally(row.case.virtual_workers, config.execution.workers_per_pass, row.case.world_size)
     return rows
 
 

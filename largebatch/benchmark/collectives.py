@@ -12,13 +12,12 @@ import torch
 from largebatch.benchmark.breakdown import interquartile_range
 from largebatch.benchmark.clock import make_clock
 from largebatch.benchmark.options import Options
-from largebatch.distributed.allreduce import AllReduce
+from largebatch.distributed.allreduce import BackendAllReduce
 from largebatch.distributed.environment import Ranks
-from largebatch.distributed.gradients import make_allreduce
 from largebatch.distributed.subgroups import Subgroups
-from largebatch.recipe.batch import deal_passes
 
-REDUCTIONS = ("fast", "reproducible")
+SENT_AS = {"fast": torch.float32, "reproducible": torch.int32}
+"""What the backend adds, by reduction."""
 _SMALLEST = 4096  # bytes; each size is four times the one before
 _ROUNDS = 5
 _WINDOW_SECONDS = 0.03
@@ -50,36 +49,32 @@ def measure_allreduce(
 
 
 def _measure_group(members: Ranks, ranks_per_node: int, largest: int) -> list[dict[str, Any]]:
-    blocks = deal_passes(members.world_size, 1, members.world_size)
-    exchanges = {name: make_allreduce(members, name, blocks, members.world_size) for name in REDUCTIONS}
     found: list[dict[str, Any]] = []
     size = _SMALLEST
     while size <= largest:
-        buffer = torch.ones(size // 4, device=members.device)
-        once = {name: _seconds(exchange, buffer, members, 1) for name, exchange in exchanges.items()}
+        buffers = {name: torch.ones(size // 4, dtype=dtype, device=members.device) for name, dtype in SENT_AS.items()}
+        once = {name: _seconds(buffer, members, 1) for name, buffer in buffers.items()}
         calls = max(1, math.ceil(_WINDOW_SECONDS / min(once.values())))
-        windows: dict[str, list[float]] = {name: [] for name in exchanges}
+        windows: dict[str, list[float]] = {name: [] for name in SENT_AS}
         for _ in range(_ROUNDS):
-            for name, exchange in exchanges.items():
-                windows[name].append(_seconds(exchange, buffer, members, calls))
-        found += [_row(name, size, members.world_size, ranks_per_node, windows[name]) for name in exchanges]
+            for name, buffer in buffers.items():
+                windows[name].append(_seconds(buffer, members, calls))
+        found += [_row(name, size, members.world_size, ranks_per_node, windows[name]) for name in SENT_AS]
         if max(once.values()) > _PATIENCE:
             break
         size *= 4
     return found
 
 
-def _seconds(exchange: AllReduce, buffer: torch.Tensor, members: Ranks, calls: int) -> float:
+def _seconds(buffer: torch.Tensor, members: Ranks, calls: int) -> float:
     """Seconds of one of `calls` all-reduces, on the slowest rank; one more runs before them."""
-    clock = make_clock(members.device)
+    clock, exchange = make_clock(members.device), BackendAllReduce(members)
     for call in range(calls + 1):
         if call == 1:
             members.barrier()
             clock.mark()
-        buffer.fill_(1.0)  # sums of sums would grow to infinity
-        total = exchange.start([buffer])
-        exchange.flush()
-        total.wait()
+        buffer.fill_(1)  # sums of sums would grow to infinity
+        exchange.start(buffer).wait()
     clock.mark()
     return max(members.gather(clock.read()[-1])) / calls
 

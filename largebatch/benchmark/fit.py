@@ -21,8 +21,8 @@ from largebatch.benchmark.performance import (
 )
 from largebatch.errors import UserError
 
-ALGORITHM = {"fast": "ring", "reproducible": "direct"}
-"""How each reduction is modelled: gloo's all-reduce is a ring, and NCCL's over one buffer behaves as one."""
+ALGORITHM = "ring"
+"""How the all-reduce is modelled: gloo's all-reduce is a ring, and NCCL's over one buffer behaves as one."""
 NOTHING_MEASURED = (
     "--predict: nothing is measured on several ranks in weak scaling, so nothing is known of communication; use --mode "
     "weak or both, and --ranks with at least one N above 1"
@@ -74,8 +74,8 @@ def fit(results: Sequence[Result]) -> Fit:
     assert len(reductions) == 1, "one fit is of one reduction"
     reduction = reductions.pop()
     rows = [(r, a) for r in results for a in r["allreduce"] if a["reduction"] == reduction]
-    made = _fit(points, rows, ALGORITHM[reduction])
-    return replace(made, errors=_leave_one_out(points, rows, ALGORITHM[reduction]))
+    made = _fit(points, rows, ALGORITHM)
+    return replace(made, errors=_leave_one_out(points, rows, ALGORITHM))
 
 
 def _leave_one_out(points: list[Point], rows: list[tuple[Result, Any]], algorithm: str) -> dict[str, float]:
@@ -146,11 +146,7 @@ def _fit_compute(measured: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorithm: str) -> dict[str, float]:
-    """The `COMMUNICATION` parameters that make the smallest relative errors over all measured all-reduces.
-
-    Where no rank had more than one message to send in a turn, `message_overhead` is not known. It is taken as the
-    latency then, the most that it can be: no message leaves before the one before has arrived, as in a ring.
-    """
+    """The `COMMUNICATION` parameters that make the smallest relative errors over all measured all-reduces."""
     coefficients = [
         messages(algorithm, a["size"], Layout(a["world_size"], r["ranks_per_node"]), rate_of(r)) for r, a in rows
     ]
@@ -159,15 +155,7 @@ def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorith
     names = [name for name in COMMUNICATION if name != "host_per_byte" or len({rate_of(r) for r, _ in rows}) > 1]
     matrix = np.array([[c[name] for name in names] for c in coefficients]).reshape(len(rows), len(names))
     found = nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(rows)))
-    parameters = dict(zip(names, found.tolist(), strict=True))
-    if not knows_messages(algorithm, rows):
-        parameters["message_overhead"] = max(parameters["latency_inside"], parameters["latency_between"])
-    return parameters
-
-
-def knows_messages(algorithm: str, rows: Sequence[tuple[Result, Mapping[str, Any]]]) -> bool:
-    """Whether the rows tell what it costs a rank to send several messages in a turn."""
-    return algorithm == "direct" and any(a["world_size"] > 2 for _, a in rows)
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from largebatch.benchmark.fit import NOTHING_MEASURED, Fit, Result, fit, knows_messages, rate_of
+from largebatch.benchmark.fit import NOTHING_MEASURED, Fit, Result, fit, rate_of
 from largebatch.benchmark.options import Options
 from largebatch.benchmark.performance import ALGORITHMS, Layout, Parameters, predict
 from largebatch.errors import UserError
@@ -38,7 +38,6 @@ def forecast(result: Result, options: Options) -> dict[str, Any]:
     """What `benchmark.json` holds as `prediction`. Raises UserError if nothing of communication was measured."""
     made = fit([result])
     parameters, rate, assumptions = _network(made.parameters, result, options)
-    assumptions += _of_messages(made, result)
     layouts = [Layout(count, options.ranks_per_node or result["ranks_per_node"]) for count in options.predict]
     return {
         "algorithm": made.algorithm,
@@ -103,23 +102,6 @@ def _no_cheaper_than_inside(p: Parameters, rate: float) -> tuple[Parameters, lis
             f"cannot take longer; measured between nodes: {1e9 * (p.network_overhead / rate + p.host_per_byte):.3g} ns"
         )
     return replace(p, **changed), assumptions
-
-
-def _of_messages(made: Fit, result: Result) -> list[str]:
-    """What is not known of a rank that sends many messages in a turn, as only `direct` does."""
-    overhead, largest = made.parameters.message_overhead, max(a["world_size"] for a in result["allreduce"])
-    if not knows_messages(made.algorithm, [(result, a) for a in result["allreduce"]]):
-        remedy = "--ranks with an N above 2" + ("" if made.algorithm == "direct" else " and reduction: reproducible")
-        return [
-            f"direct: each further message of a rank takes {1e6 * overhead:.0f} µs, a whole latency, which is the most "
-            f"that it can be: direct has then as many messages that follow one another as a ring; {remedy} tells it"
-        ]
-    if overhead < 1e-9:
-        return [
-            f"direct: what a rank's further messages cost could not be told from noise up to N={largest}, and counts "
-            "as nothing: at a large N direct is slower than predicted"
-        ]
-    return []
 
 
 def _algorithms(own: str, layout: Layout) -> Sequence[str]:

@@ -21,6 +21,7 @@ from largebatch.data.settings import IN_MEMORY
 from largebatch.data.source import ImageSource
 from largebatch.distributed.allreduce import NoExchange
 from largebatch.distributed.environment import Ranks
+from largebatch.distributed.exact import WIDE_STEPS
 from largebatch.plan import make_plan
 from largebatch.run import make_trainer
 from largebatch.training.checkpoint import CheckpointFolder
@@ -60,13 +61,10 @@ class _Recorder:
         self._sends_nothing = NoExchange()
         self.sizes: list[int] = []
 
-    def start(self, parts: list[Tensor]) -> Future[Tensor]:
+    def start(self, buffer: Tensor) -> Future[Tensor]:
         self._clock.mark()
-        self.sizes.append(parts[-1].numel() * parts[-1].element_size())
-        return self._sends_nothing.start(parts)
-
-    def flush(self) -> None:
-        self._sends_nothing.flush()
+        self.sizes.append(buffer.numel() * buffer.element_size())
+        return self._sends_nothing.start(buffer)
 
 
 class Harness:
@@ -98,7 +96,7 @@ class Harness:
 
     def warm_up(self) -> float:
         """Run a few steps of each kind; returns the seconds of one, of the slowest rank."""
-        self.window("whole", 1)
+        self.window("whole", WIDE_STEPS)  # the first steps send twice the bytes
         self.window("compute", 1)
         seconds = self.window("whole", _WARMUP_STEPS)[-1] / _WARMUP_STEPS
         self.peak_memory = read_peak(self.ranks.device) - self._held_by_others
@@ -162,7 +160,7 @@ class Harness:
             step=next(self._steps),
             lr=_LR,
             autocast=self._trainer.autocast,
-            scaler=self._trainer.scaler,
+            loss_scale=self._trainer.loss_scale,
         )
 
     def _make_batch(self, config: Config, train: ImageSource) -> Batch:

@@ -7,14 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-ALGORITHMS = ("ring", "halving_doubling", "two_level", "direct")
+ALGORITHMS = ("ring", "halving_doubling", "two_level")
 """What an all-reduce may do: a ring over all ranks; recursive halving and doubling (§4 of the paper), its short
-distances inside a node; a ring inside each node and halving/doubling between nodes; `direct`, our reproducible
-one, in which every rank sends to every other."""
+distances inside a node; a ring inside each node and halving/doubling between nodes."""
 
 COMMUNICATION = (
     "latency_inside", "seconds_per_byte_inside", "latency_between", "network_overhead", "host_per_byte",
-    "message_overhead",
 )  # fmt: skip
 
 
@@ -56,8 +54,6 @@ class Parameters:
     """Seconds a byte takes between nodes, times the nominal rate: 1 for a network at its nominal rate."""
     host_per_byte: float = 0.0
     """Seconds that a byte between nodes takes besides, whatever the rate (copies, sums)."""
-    message_overhead: float = 0.0
-    """Seconds of each further message that a rank sends in one turn: they go out one after another."""
     contention: float = 0.0
     """Seconds that the step loses for each second of communication hidden behind its compute."""
 
@@ -92,7 +88,6 @@ def messages(algorithm: str, size: float, layout: Layout, rate: float) -> dict[s
     `rate` is the nominal rate between nodes; a node's ranks share its link.
     """
     m, s, n = layout.on_node, layout.nodes, layout.ranks
-    further = 0.0
     inside = (_messages("ring", m), _volume(m))
     between = (_messages("halving_doubling", s), _volume(s))
     if algorithm == "halving_doubling":
@@ -100,19 +95,12 @@ def messages(algorithm: str, size: float, layout: Layout, rate: float) -> dict[s
     elif algorithm == "ring":
         # Across nodes every turn waits for the message between two of them; the ring leaves each node once.
         inside, between = (inside, (0.0, 0.0)) if s == 1 else ((0.0, 0.0), (2.0 * (n - 1), _volume(n)))
-    elif algorithm == "direct":
-        # Nothing is added up inside a node first, so its link carries what each of its ranks sends away. The messages
-        # of a turn do not wait for one another's arrival, the slowest counts; but a rank sends all N-1 itself.
-        turns = 1.0 if n == 2 else 2.0
-        further = turns * max(0, n - 2)
-        inside, between = (turns * (s == 1), 2.0 * (m - 1) / n), (turns * (s > 1), 2.0 * m * (n - m) / n)
     return {
         "latency_inside": inside[0],
         "seconds_per_byte_inside": inside[1] * size,
         "latency_between": between[0],
         "network_overhead": between[1] * size / rate,
         "host_per_byte": between[1] * size,
-        "message_overhead": further,
     }
 
 
@@ -183,12 +171,11 @@ def predict(
     )
 
 
-_BY_MESSAGE = ("latency_inside", "latency_between", "message_overhead")
+_BY_MESSAGE = ("latency_inside", "latency_between")
 _TERMS = {
     "latency_inside": "latency inside a node",
     "seconds_per_byte_inside": "bandwidth inside a node",
     "latency_between": "latency between nodes",
     "network_overhead": "bandwidth between nodes",
     "host_per_byte": "hosts' own work on bytes between nodes",
-    "message_overhead": "messages that a rank sends one after another",
 }

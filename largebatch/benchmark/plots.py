@@ -19,9 +19,8 @@ _COLOURS = {
     "weak": "#4c78a8",
     "strong": "#54a24b",
 }
-# Told apart without colour too; "direct" and "ring" often lie close together.
+# Told apart without colour too.
 _ALGORITHMS = {
-    "direct": ("#b279a2", "s"),
     "ring": ("#e45756", "^"),
     "halving_doubling": ("#4c78a8", "v"),
     "two_level": ("#54a24b", "D"),

@@ -11,79 +11,87 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.distributed.allreduce import AllReduce, BackendAllReduce, TreeAllReduce
+from largebatch.distributed.allreduce import AllReduce
 from largebatch.distributed.environment import Ranks
+from largebatch.distributed.exact import ExactSum
+from largebatch.distributed.reductions import Bucket, FloatSum, Layout, Reduction, dense_strides
 from largebatch.errors import UserError
-from largebatch.recipe.tree import Node, is_node, push
 
+REDUCTIONS: dict[str, Callable[..., Reduction]] = {"reproducible": ExactSum, "fast": FloatSum}
+"""By the name in `execution.reduction`: from the trainable parameters, the number of leaves and the compression."""
 Look = Callable[[int, Sequence[int], list[Tensor]], None]
+"""Is shown a leaf's own gradients of some parameters: the leaf, the parameters' positions, the gradients."""
 _REMEDY = "every parameter must take part in the loss of every pass (freeze the others with requires_grad_(False))"
 
 
-class PartialGradients:
-    """This rank's gradients of one step: the newest subtree in ``p.grad``, older ones beside it.
+class GradientExchange:
+    """A step's gradients on one rank: its passes' are summed by the `reduction`, then those of all ranks.
 
-    Without a tree (reduction ``fast``) everything is accumulated in ``p.grad``, as autograd does by itself.
+    With several ranks, `hook` is DDP's communication hook. DDP's own averaging over ranks never happens, so the mean
+    over kn images is taken once, in the loss (remark 3 of §3).
     """
 
-    def __init__(self, parameters: list[nn.Parameter], leaves: int, *, tree: bool) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], reduction: Reduction, allreduce: AllReduce, on_last: Callable[[], None]
+    ) -> None:
+        """`on_last` is called when the last bucket of a step is on its way: from then on the rank only waits."""
         self.parameters = parameters
-        self._position = {id(p): i for i, p in enumerate(parameters)}
-        self._leaves = leaves
-        self._tree = tree
-        self._stack: list[tuple[Node, list[Tensor]]] = []
-        self._top: Node | None = None
+        self.reduction = reduction
+        self.allreduce = allreduce
+        """What sums the buckets; may be another one from one step to the next."""
+        self._positions = {id(p): i for i, p in enumerate(parameters)}
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._on_last = on_last
         self._look: Look | None = None
+        self._leaf = -1
+        self._complete = False
 
-    def begin_step(self, look: Look | None = None) -> None:
-        """Forget the gradients of the step before.
-
-        With a tree, `look` is shown the gradients of every pass that nothing was added to yet (of all passes with
-        even numbers, and of some others): the leaf, positions of parameters, and their gradients.
-        """
-        self._stack, self._top, self._look = [], None, look
-        for parameter in self.parameters:
-            parameter.grad = None
+    def begin_step(self, loss_scale: Tensor | None = None, look: Look | None = None) -> None:
+        """Forget the gradients of the step before."""
+        self._look, self._complete = look, False
+        self.drop()
+        self.reduction.begin_step(loss_scale)
 
     def begin_pass(self, leaf: int) -> None:
-        """Make ``p.grad`` ready for the backward of `leaf`, the one after the last."""
-        if self._top is None:
-            self._top = (leaf, leaf + 1)
-            return
+        """The backward of `leaf` comes next."""
+        self._leaf = leaf
+
+    def end_pass(self) -> None:
+        """The backward of a pass that is not exchanged is done."""
         if self._look is not None:
-            self._show(range(len(self.parameters)), self.gradients())
-        sibling = self._top[1] - self._top[0] == 1 and is_node((self._top[0], leaf + 1), self._leaves)
-        if sibling or not self._tree:
-            # Autograd adds into p.grad in place, which is the tree's own addition of two sibling leaves.
-            self._top = (self._top[0], leaf + 1)
-            return
-        push(self._stack, self._top, self._take(), self._leaves, _add_lists)
-        self._top = (leaf, leaf + 1)
+            self._look(self._leaf, range(len(self.parameters)), self.gradients())
+        self.gradients()
+        if self.reduction.takes_each_pass:
+            self.reduction.take()
 
-    def merge(self, parameters: list[Tensor], newest: list[Tensor]) -> list[list[Tensor]]:
-        """Add to `newest`, in place, what the tree adds to it; return the other subtrees, left to right.
+    def hook(self, _: object, bucket: GradBucket) -> Future[Tensor]:
+        """What DDP calls with each bucket of the last pass, in one order on all ranks, when its gradients are ready."""
+        ready = self._read(bucket)
+        if self._look is not None:
+            self._look(self._leaf, ready.positions, ready.gradients)
+        total = self.allreduce.start(self.reduction.outgoing(ready))
+        if bucket.is_last():
+            self._complete = True
+            self._on_last()
+        return total.then(lambda done: self.reduction.incoming(done.value(), ready))
 
-        `newest` holds the last subtree's gradients of `parameters` (some or all of the model's).
-        """
-        positions = [self._position[id(p)] for p in parameters]
-        self._show(positions, newest)
-        rest, top = list(self._stack), self._top
-        while rest and top is not None and is_node((rest[-1][0][0], top[1]), self._leaves):
-            node, gradients = rest.pop()
-            torch._foreach_add_(newest, [gradients[i] for i in positions])
-            top = (node[0], top[1])
-        return [[gradients[i] for i in positions] for _, gradients in rest]
+    def _read(self, bucket: GradBucket) -> Bucket:
+        key = tuple(map(id, bucket.parameters()))
+        if key not in self._layouts:  # DDP lays its buckets out anew after the first step
+            self._layouts[key] = _layout(bucket)
+        return Bucket([self._positions[i] for i in key], bucket.buffer(), self._layouts[key])
 
-    def merge_locally(self) -> None:
-        """With one process: leave the whole sum in ``p.grad``."""
-        rest = self.merge(list(self.parameters), self.gradients())
-        assert not rest, "one process holds all the leaves, which make one tree"
+    def check_complete(self) -> None:
+        """Raises UserError if the last pass of a step left out a parameter: DDP has not handed over its bucket
+        then, nor any later one, and a wait for them would never end."""
+        if not self._complete:
+            self.gradients()
+            raise UserError(f"a trainable parameter got no gradient in the last pass of a step; {_REMEDY}")
 
     def gradients(self) -> list[Tensor]:
         """``p.grad`` of every parameter. Raises UserError if the last backward did not reach one."""
@@ -95,91 +103,23 @@ class PartialGradients:
             )
         return found
 
-    def _show(self, positions: Sequence[int], gradients: list[Tensor]) -> None:
-        if self._look is not None and self._top is not None and self._top[1] - self._top[0] == 1:
-            self._look(self._top[0], positions, gradients)
-
-    def _take(self) -> list[Tensor]:
-        taken = self.gradients()
+    def drop(self) -> None:
+        """Leave no gradients."""
         for parameter in self.parameters:
             parameter.grad = None
-        return taken
 
 
-def _add_lists(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    torch._foreach_add_(left, right)
-    return left
+def _layout(bucket: GradBucket) -> Layout:
+    """Where each gradient of the bucket lies in its buffer.
 
-
-def _bucket_views(bucket: GradBucket, flat: Tensor) -> list[Tensor]:
-    """Views of `flat`, laid out as the bucket's buffer is, one per parameter of the bucket.
-
-    The buffer holds each gradient in its parameter's own stride order, while `GradBucket.gradients()` shapes
-    that memory as if it were contiguous: for channels_last parameters those views are wrong.
+    The buffer holds each in its parameter's own order of dimensions, while `GradBucket.gradients()` shapes that memory
+    as if it were contiguous: for channels_last parameters those views are wrong.
     """
-    start = bucket.buffer().storage_offset()
-    views = []
-    for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
-        offset = gradient.storage_offset() - start
-        if _is_dense(parameter):
-            views.append(flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + offset))
-        else:
-            views.append(flat[offset : offset + parameter.numel()].view(parameter.shape))
-    return views
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory in some order of its dimensions (channels_last, say)."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).is_contiguous()
-
-
-class GradientExchange:
-    """DDP's communication hook: sums each bucket over all virtual workers, without dividing.
-
-    DDP's own averaging over ranks never happens, so the mean over kn images is taken once, in the loss.
-    """
-
-    def __init__(self, partial: PartialGradients, allreduce: AllReduce, compression: str = "none") -> None:
-        """`compression` ``fp16`` or ``bf16`` rounds gradients to it before they are sent; `allreduce` adds in it."""
-        self._partial = partial
-        self._sent_as = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[compression]
-        self.allreduce = allreduce
-        """What sums the buckets; may be another one from one step to the next."""
-        self._complete = False
-
-    def hook(self, _: object, bucket: GradBucket) -> Future[Tensor]:
-        """What DDP calls with each bucket, in one order on all ranks, when its gradients are ready."""
-        newest = _bucket_views(bucket, bucket.buffer())
-        parts = []
-        for gradients in self._partial.merge(bucket.parameters(), newest):
-            flat = torch.zeros_like(bucket.buffer())
-            torch._foreach_copy_(_bucket_views(bucket, flat), gradients)
-            parts.append(flat)
-        parts.append(bucket.buffer())
-        if self._sent_as is not None:
-            parts = [part.to(self._sent_as) for part in parts]
-        total = self.allreduce.start(parts)
-        if bucket.is_last():
-            self._complete = True
-            self.allreduce.flush()
-        if self._sent_as is not None:
-            dtype = bucket.buffer().dtype
-            return total.then(lambda done: done.value().to(dtype))
-        return total
-
-    def check_complete(self) -> None:
-        """Raises UserError if the last pass of a step left out a parameter: DDP has not handed over its bucket
-        then, nor any later one, and a wait for them would never end."""
-        complete, self._complete = self._complete, False
-        if not complete:
-            self._partial.gradients()
-            raise UserError(f"a trainable parameter got no gradient in the last pass of a step; {_REMEDY}")
-
-
-def make_allreduce(ranks: Ranks, reduction: str, blocks: list[range], leaves: int) -> AllReduce:
-    """The all-reduce for `reduction`: ``fast`` or ``reproducible``."""
-    return BackendAllReduce(ranks) if reduction == "fast" else TreeAllReduce(ranks, blocks, leaves)
+    start = int(bucket.buffer().storage_offset())
+    return [
+        (int(gradient.storage_offset()) - start, parameter.shape, dense_strides(parameter))
+        for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True)
+    ]
 
 
 def wrap(
@@ -187,17 +127,18 @@ def wrap(
     ranks: Ranks,
     exchange: GradientExchange,
     *,
-    bucket_mb: float,
+    bucket_mb: float | None,
     static_graph: bool = False,
     gradient_as_bucket_view: bool = False,
 ) -> DistributedDataParallel:
     """`model` under DDP with our exchange of gradients, its buffers left to us (BatchNorm, contract 4)."""
     options: dict[str, Any] = {
         "process_group": ranks.group,
-        "bucket_cap_mb": bucket_mb,
         "static_graph": static_graph,
         "gradient_as_bucket_view": gradient_as_bucket_view,
     }
+    if bucket_mb is not None:  # else DDP's first bucket is a small one, so that communication starts early
+        options["bucket_cap_mb"] = bucket_mb
     # torch 2.15 renames broadcast_buffers and warns of the old name; 2.11 knows the old one only.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False

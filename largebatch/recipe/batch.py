@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -43,12 +44,44 @@ def block(total: int, parts: int, index: int) -> range:
     return range(index * total // parts, (index + 1) * total // parts)
 
 
-def deal_passes(virtual_workers: int, workers_per_pass: int, world_size: int) -> list[range]:
-    """The passes of one step that each rank runs.
+@dataclass(frozen=True)
+class Deal:
+    """Which rank runs which passes of a step; no number of the training depends on it.
 
-    A pass is one forward and backward of `workers_per_pass` virtual workers: pass p runs virtual workers
-    ``p * workers_per_pass`` and following. Which workers share a pass depends on the recipe alone, so
-    rounding inside a pass cannot depend on N; N only decides who runs which passes.
+    A pass (a leaf of the sum over all of them) is one forward and backward of `workers_per_pass` virtual workers: pass
+    p runs virtual workers ``p * workers_per_pass`` and following. Which workers share a pass depends on the recipe
+    alone, so rounding inside a pass cannot depend on N.
+    """
+
+    passes: tuple[tuple[int, ...], ...]
+    """For each rank, its passes in the order in which it runs them."""
+    workers_per_pass: int = 1
+
+    def __post_init__(self) -> None:
+        dealt = sorted(p for own in self.passes for p in own)
+        if dealt != list(range(len(dealt))):
+            raise ValueError(f"each pass must be dealt to one rank, these are {dealt}")
+        if not all(self.passes):
+            # DDP starts the exchange of a rank's gradients in its last backward: without one the others wait for ever.
+            raise ValueError(f"each rank must have a pass, rank {self.passes.index(())} has none")
+
+    @property
+    def leaves(self) -> int:
+        """Passes of a step, over all ranks."""
+        return sum(map(len, self.passes))
+
+    def workers_of(self, rank: int) -> list[range]:
+        """The virtual workers of each of a rank's passes."""
+        m = self.workers_per_pass
+        return [range(p * m, (p + 1) * m) for p in self.passes[rank]]
+
+    def workers_on_rank(self) -> list[int]:
+        """Virtual workers on each rank (`workers_on_rank` of the plan)."""
+        return [len(own) * self.workers_per_pass for own in self.passes]
+
+
+def deal_equally(virtual_workers: int, workers_per_pass: int, world_size: int) -> Deal:
+    """Contiguous blocks whose sizes differ by at most one pass.
 
     Raises ConfigError if the passes do not come out even, or if there are more ranks than passes.
     """
@@ -65,9 +98,4 @@ def deal_passes(virtual_workers: int, workers_per_pass: int, world_size: int) ->
             f"for {world_size} ranks (each needs at least one); start at most {passes} ranks, or raise "
             f"batch.virtual_workers (which changes the minibatch and with it the learning rate)"
         )
-    return [block(passes, world_size, rank) for rank in range(world_size)]
-
-
-def deal_workers(virtual_workers: int, workers_per_pass: int, world_size: int) -> list[int]:
-    """Virtual workers on each rank (`workers_on_rank` of the plan); raises as `deal_passes` does."""
-    return [len(p) * workers_per_pass for p in deal_passes(virtual_workers, workers_per_pass, world_size)]
+    return Deal(tuple(tuple(block(passes, world_size, rank)) for rank in range(world_size)), workers_per_pass)

@@ -17,7 +17,7 @@ import torch
 from largebatch.errors import DataError
 from largebatch.report.files import write_json_atomically
 
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
 
 
@@ -36,8 +36,10 @@ class TrainState:
     """The newest change of the minibatch, if any (`largebatch.recipe.resize.Resize`)."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    """Loss scaling (fp16); empty otherwise."""
+    loss_scale: dict[str, Any]
+    """Of fp16; empty otherwise."""
+    reduction: dict[str, Any]
+    """What the sum of the gradients carries from step to step."""
     interval: dict[str, Any]
     """Sums since the last metrics record."""
     recent_top1_errors: list[float]

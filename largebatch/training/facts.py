@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from largebatch.training.step import StepResult
+
 STOP, SAVE, FAILED = range(3)
 FLAGS = 3
 """Flags that a rank raises: asked to stop, a checkpoint is due by the clock, the last one could not be written."""
@@ -24,6 +26,8 @@ class StepFacts:
     save: bool = False
     failed: bool = False
     not_finite: bool = False
+    overflowed: tuple[int, ...] = ()
+    """Positions of the parameters whose sum may not be exact."""
     passes_not_finite: tuple[bool, ...] = ()
     """Which of this rank's own passes had a loss that is not finite."""
 
@@ -37,17 +41,20 @@ class FactReader:
 
     def __init__(self, device: torch.device) -> None:
         self._lag = 1 if device.type == "cuda" else 0
-        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[int, Tensor, Tensor, torch.cuda.Event | None]] = deque()
 
-    def read(self, step: int, flags: Tensor, not_finite: Tensor, passes: Tensor) -> StepFacts:
-        """Take in the facts of `step` (flags [FLAGS] summed over workers, booleans [], [passes]); the newest due."""
-        packed = torch.cat([flags > 0, not_finite.reshape(1), passes])
+    def read(self, step: int, result: StepResult) -> StepFacts:
+        """Take in the facts of `step`; returns the newest that are due."""
+        overflowed = result.overflowed
+        packed = torch.cat(
+            [result.flags > 0, result.not_finite.reshape(1), overflowed.any().reshape(1), result.passes_not_finite]
+        )
         event = None
         if packed.is_cuda:
             packed = packed.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((step, packed, event))
+        self._pending.append((step, packed, overflowed, event))
         return self._oldest() if len(self._pending) > self._lag else StepFacts(step=-1)
 
     def rest(self) -> Iterator[StepFacts]:
@@ -56,11 +63,12 @@ class FactReader:
             yield self._oldest()
 
     def _oldest(self) -> StepFacts:
-        step, packed, event = self._pending.popleft()
+        step, packed, overflowed, event = self._pending.popleft()
         if event is not None:
             event.synchronize()
-        stop, save, failed, bad, *here = packed.tolist()
-        return StepFacts(step, stop, save, failed, bad, tuple(here))
+        stop, save, failed, bad, any_overflow, *here = packed.tolist()
+        positions = tuple(overflowed.nonzero().flatten().tolist()) if any_overflow else ()  # rare, so may wait
+        return StepFacts(step, stop, save, failed, bad, positions, tuple(here))
 
 
 def flags_on(device: torch.device, *, stop: bool, save: bool, failed: bool) -> Tensor:

@@ -23,12 +23,8 @@ def estimate(small: Tensor, large: Tensor, small_batch: int, large_batch: int) -
 
 
 class NoiseProbe:
-    """Measures both within a training step, where the k workers' gradients come by anyway.
-
-    The leaves of the summation tree with even numbers are looked at: whichever rank runs such a leaf, its gradient
-    is there by itself, before the next one is added to it. So nothing depends on the number of ranks, to the last
-    bit; the other half would have to be copied.
-    """
+    """Measures both within a training step, where the k workers' gradients come by anyway: each pass's by itself, so
+    that nothing depends on the number of ranks, to the last bit."""
 
     def __init__(self, ranks: Ranks, *, leaves: int, parameters: int) -> None:
         """A step has `leaves` passes (at least 2), the model so many trainable `parameters` (tensors)."""
@@ -39,24 +35,23 @@ class NoiseProbe:
         self._squares = self._zeros()
 
     def _zeros(self) -> Tensor:
-        looked_at = (self._leaves + 1) // 2
-        return torch.zeros(looked_at, self._parameters, dtype=torch.float64, device=self._ranks.device)
+        return torch.zeros(self._leaves, self._parameters, dtype=torch.float64, device=self._ranks.device)
 
     def look(self, leaf: int, positions: Sequence[int], gradients: list[Tensor]) -> None:
         """Take in a leaf's own gradients of some parameters, told by their positions in the model."""
-        if leaf % 2:
-            return
         squares = torch.stack(torch._foreach_norm(gradients)).double().square()
-        self._squares[leaf // 2, torch.tensor(positions, device=squares.device)] = squares
+        self._squares[leaf, torch.tensor(positions, device=squares.device)] = squares
 
-    def finish(self, summed: list[Tensor], images: int) -> Tensor:
+    def finish(self, summed: list[Tensor], images: int, *, leaves_scaled_by: Tensor | None) -> Tensor:
         """tr(Σ) and |G|² of a step over `images` images, float64 [2], from the summed gradients of all parameters.
 
-        All ranks call it together. What multiplies the loss (a GradScaler's scale, say) multiplies both by its square.
+        `leaves_scaled_by` is the loss scale that the leaves still carry. All ranks call it together.
         """
         # Every leaf was looked at by one rank, the others hold zeros: this sum is exact.
         leaves = self._ranks.sum(self._squares.sum(dim=1))
         self._squares = self._zeros()
+        if leaves_scaled_by is not None:
+            leaves = leaves / leaves_scaled_by.square()
         # A leaf's gradient is a share of the sum: of the loss over its images, divided by the number of leaves.
         small = leaves.mean() * self._leaves**2
         large = torch.stack(torch._foreach_norm(summed)).double().square().sum()

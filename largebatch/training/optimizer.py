@@ -77,24 +77,13 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def update_if_finite(optimizer: Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
-    """Apply the update unless `loss` or a gradient is not finite; returns whether it was not (boolean, []).
+def update_unless(left_out: Tensor, optimizer: Optimizer) -> None:
+    """Apply the update unless `left_out` (boolean, []).
 
-    The device is not waited for: a fused optimizer reads the answer there. With loss scaling, gradients that
-    overflow are the scaler's business, which leaves such an update out and lowers its scale; only the loss counts.
+    A fused optimizer reads the answer on the device, which is not waited for.
     """
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-        scaler.update()
-        return ~loss.isfinite()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # GradScaler's own check, with a scale of 1: one pass, where norms take up to a twentieth of a step on a CPU.
-    found = torch.zeros((), device=loss.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
-    not_finite = (found > 0) | ~loss.isfinite()
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
+        optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
         optimizer.step()
-    elif not not_finite:
+    elif not left_out:
         optimizer.step()
-    return not_finite

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -35,9 +36,36 @@ def slow_precision(precision: str, device: torch.device) -> str:
     )
 
 
-def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Dynamic loss scaling, which does nothing unless `precision` is ``fp16``.
+class LossScale:
+    """Dynamic loss scaling for fp16: a power of two that halves after gradients that are not finite, and doubles after
+    2,000 steps without. It follows the summed gradients, which all ranks share, so it does not depend on N."""
 
-    Its scale follows the summed gradients, which all ranks share, so it does not depend on N either.
-    """
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    _GROWTH_STEPS = 2000
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self.scale = torch.tensor(2.0**16, device=device) if enabled else None
+        """float32, []: multiplies the loss; None if it is not scaled."""
+        self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, not_finite: Tensor) -> bool:
+        """Take in whether a step's gradients were not finite (boolean, []); returns whether that is our business."""
+        if self.scale is None:
+            return False
+        self._good_steps = torch.where(not_finite, 0, self._good_steps + 1)
+        grows = self._good_steps >= self._GROWTH_STEPS
+        self._good_steps = torch.where(grows, 0, self._good_steps)
+        changed = torch.where(not_finite, self.scale / 2, torch.where(grows, self.scale * 2, self.scale))
+        self.scale = changed.clamp(2.0**-24, 2.0**24)
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.scale is None else {"scale": self.scale, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.scale is not None:
+            self.scale, self._good_steps = state["scale"], state["good_steps"]
+
+
+def make_loss_scale(precision: str, device: torch.device) -> LossScale:
+    """Loss scaling, which does nothing unless `precision` is ``fp16``."""
+    return LossScale(device, enabled=precision == "fp16")

@@ -75,8 +75,8 @@ class ExecutionSettings(Section):
     threads: int = Field(1, ge=1, le=1024)
     """Intra-op threads of each rank. Part of the rounding on CPUs, so it comes from here and not from
     OMP_NUM_THREADS; to use more cores, rather start more ranks."""
-    bucket_mb: float = Field(25.0, gt=0)
-    """Size of DDP's gradient buckets, in MiB."""
+    bucket_mb: float | None = Field(None, gt=0)
+    """Size of DDP's gradient buckets, in MiB; null for DDP's own choice: a small first one, then 25."""
     static_graph: bool = False
     """Tell DDP that every step runs the same graph; only where each rank runs one pass a step."""
     gradient_as_bucket_view: bool = False

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from largebatch.training.optimizer import set_lr, update_if_finite
-from largebatch.training.precision import Autocast
+from largebatch.training.optimizer import set_lr, update_unless
+from largebatch.training.precision import Autocast, LossScale
 from largebatch.training.virtual_workers import VirtualWorkers
 
 Batch = tuple[Tensor, Tensor]
@@ -37,6 +38,25 @@ class TimedBatches:
         return images.contiguous(memory_format=self._memory_format), labels
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, on the device: nothing here waits for it."""
+
+    sums: dict[str, Tensor]
+    """Metrics by name: ``loss``, the mean over the kn images; ``wrong``, how many were classified wrongly; ``noise``,
+    if it was measured: tr(Σ) and |G|² of the gradients, and 1."""
+    flags: Tensor
+    """float64 [flags]: each pass's flags summed over all of them."""
+    not_finite: Tensor
+    """Boolean, []: loss or gradients were not finite, and the update is left out."""
+    overflowed: Tensor
+    """Boolean, [parameters]: these tensors' sums may not be exact, and the update is left out."""
+    passes_not_finite: Tensor
+    """Boolean, [passes]: this rank's passes whose loss was not finite."""
+    left_out: Tensor
+    """Boolean, []: the update was not applied, for whichever reason."""
+
+
 def train_step(
     virtual: VirtualWorkers,
     optimizer: Optimizer,
@@ -45,40 +65,43 @@ def train_step(
     step: int,
     lr: float,
     autocast: Autocast,
-    scaler: torch.amp.GradScaler,
+    loss_scale: LossScale,
     loss_factor: float = 1.0,
     flags: Tensor | None = None,
     measure_noise: bool = False,
-) -> dict[str, Tensor]:
+) -> StepResult:
     """Update number `step`, with learning rate `lr`; takes this rank's passes from `batches`.
 
-    Returns, on the device, for nothing here waits for it: ``loss`` (mean over the kn images), ``wrong`` (how many
-    of them were classified wrongly), ``not_finite`` (whether loss or gradients were not, and the update is left
-    out), ``passes_not_finite`` (this rank's passes whose loss was not) and ``flags`` (1-D, each pass's `flags`
-    summed over all of them: a way to tell the other ranks something). `loss_factor` multiplies the gradients
-    (the ablations of remarks 1 and 3). With `measure_noise` also ``noise``: tr(Σ) and |G|² of the gradients, float64
-    [2] (see `largebatch.training.noise_scale`).
+    `flags`, 1-D, is summed over all passes: a way to tell the other ranks something. `loss_factor` multiplies the
+    gradients (the ablations of remarks 1 and 3). `measure_noise` measures the gradient noise scale (see
+    `largebatch.training.noise_scale`).
     """
     set_lr(optimizer, lr)
-    scaled = scaler.is_enabled() or loss_factor != 1.0
-    scale = (lambda share: scaler.scale(share * loss_factor)) if scaled else None
     losses = []
-    multiplied = loss_factor * scaler.get_scale() if measure_noise else 1.0
-    for _ in virtual.passes(step, measure_noise=measure_noise):
-        images, labels = next(batches)
-        with autocast():
+    own = {} if flags is None else {"flags": flags}
+    # One autocast around all passes: weights are cast once a step.
+    with virtual.step(step, loss_scale=loss_scale.scale, measure_noise=measure_noise) as passes, autocast():
+        for _ in passes:
+            images, labels = next(batches)
             logits = virtual(images)
             loss = F.cross_entropy(logits, labels)
-        wrong = (logits.detach().argmax(dim=1) != labels).sum()
-        counts = wrong.reshape(1) if flags is None else torch.cat([wrong.reshape(1).to(flags.dtype), flags])
-        virtual.backward(loss, also_sum=counts, scale=scale)
-        losses.append(loss.detach())
-    measured = {"noise": virtual.noise / multiplied**2} if virtual.noise is not None else {}
-    return {
-        **measured,
-        "loss": virtual.loss,
-        "wrong": virtual.sums[0],
-        "flags": virtual.sums[1:],
-        "not_finite": update_if_finite(optimizer, scaler, virtual.loss),
-        "passes_not_finite": ~torch.stack(losses).isfinite(),
-    }
+            wrong = (logits.detach().argmax(dim=1) != labels).sum()
+            virtual.backward(loss, sums={"wrong": wrong, **own}, factor=loss_factor)
+            losses.append(loss.detach())
+    bad_loss, bad_gradients = ~virtual.loss.isfinite(), virtual.outcome.not_finite
+    left_out = bad_loss | bad_gradients | virtual.outcome.overflowed.any()
+    update_unless(left_out, optimizer)
+    sums = {"loss": virtual.loss, "wrong": virtual.sums["wrong"]}
+    if virtual.noise is not None:
+        noise = virtual.noise / loss_factor**2
+        sums["noise"] = torch.where(noise.isfinite().all(), torch.cat([noise, torch.ones_like(noise[:1])]), 0.0)
+    # With loss scaling, gradients that are not finite are the scale's business, which is lowered; only the loss counts.
+    not_finite = bad_loss if loss_scale.update(bad_gradients) else bad_loss | bad_gradients
+    return StepResult(
+        sums=sums,
+        flags=virtual.sums.get("flags", torch.zeros(0)),
+        not_finite=not_finite,
+        overflowed=virtual.outcome.overflowed,
+        passes_not_finite=~torch.stack(losses).isfinite(),
+        left_out=left_out,
+    )

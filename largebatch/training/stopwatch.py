@@ -7,10 +7,6 @@ from collections import deque
 from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.futures import Future
-
-from largebatch.distributed.allreduce import AllReduce
 
 
 class Stopwatch(Protocol):
@@ -94,25 +90,3 @@ def _event() -> torch.cuda.Event:
 def make_stopwatch(device: torch.device) -> Stopwatch:
     """The stopwatch of `device`, paused."""
     return CudaStopwatch() if device.type == "cuda" else HostStopwatch()
-
-
-class TimedAllReduce:
-    """An all-reduce during which `stopwatch` pauses; it stays so after `flush`, when all gradients are there."""
-
-    def __init__(self, allreduce: AllReduce, stopwatch: Stopwatch) -> None:
-        self._allreduce = allreduce
-        self._stopwatch = stopwatch
-
-    def start(self, parts: list[Tensor]) -> Future[Tensor]:
-        """Begin to sum `parts`; may wait for what was begun before."""
-        was_running = self._stopwatch.running
-        self._stopwatch.pause()
-        total = self._allreduce.start(parts)
-        if was_running:
-            self._stopwatch.go()
-        return total
-
-    def flush(self) -> None:
-        """Nothing more is started in this step."""
-        self._stopwatch.pause()
-        self._allreduce.flush()

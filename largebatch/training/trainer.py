@@ -24,8 +24,9 @@ from largebatch.report.progress import Progress
 from largebatch.training.checkpoint import CheckpointFolder, TrainState
 from largebatch.training.evaluation import evaluate
 from largebatch.training.facts import FactReader, StepFacts, flags_on
+from largebatch.training.interval import Interval
 from largebatch.training.optimizer import restore_optimizer
-from largebatch.training.precision import make_autocast, make_scaler
+from largebatch.training.precision import make_autocast, make_loss_scale
 from largebatch.training.preemption import StopRequest
 from largebatch.training.replicas import check_replicas
 from largebatch.training.saver import BackgroundSaver
@@ -39,29 +40,6 @@ from largebatch.training.settings import (
 from largebatch.training.step import TimedBatches, train_step
 from largebatch.training.stragglers import StragglerWatch
 from largebatch.training.virtual_workers import VirtualWorkers
-
-
-@dataclass
-class _Interval:
-    """Sums over the steps since the last metrics record; kept on the device until they are read."""
-
-    loss: Tensor
-    wrong: Tensor
-    skipped: Tensor
-    """Steps whose update was left out, because it was not finite; they count in nothing else."""
-    noise: Tensor
-    """Sums of tr(Σ) and of |G|², and the steps in which they were measured; float64 [3]."""
-    steps: int = 0
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        skipped = metrics["not_finite"]
-        self.loss += torch.where(skipped, 0.0, metrics["loss"])
-        self.wrong += torch.where(skipped, 0.0, metrics["wrong"])
-        self.skipped += skipped
-        if "noise" in metrics:
-            noise = torch.cat([metrics["noise"], torch.ones_like(metrics["noise"][:1])])
-            self.noise += torch.where(skipped | ~noise.isfinite().all(), 0.0, noise)
-        self.steps += 1
 
 
 @dataclass(frozen=True)
@@ -117,10 +95,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.autocast = make_autocast(self.execution.precision, self.ranks.device)
-        self.scaler = make_scaler(self.execution.precision, self.ranks.device)
+        self.loss_scale = make_loss_scale(self.execution.precision, self.ranks.device)
         channels_last = self.execution.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._interval = self._new_interval()
+        self._interval = Interval()
         self._saver = BackgroundSaver(self.checkpoints)
         self._facts = FactReader(self.ranks.device)
         self._last_save = time.monotonic()
@@ -141,14 +119,9 @@ class Trainer:
             resize=asdict(self.resize) if self.resize else None,
             model=self.virtual.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            interval={
-                "loss": self._interval.loss,
-                "wrong": self._interval.wrong,
-                "skipped": self._interval.skipped,
-                "noise": self._interval.noise,
-                "steps": self._interval.steps,
-            },
+            loss_scale=self.loss_scale.state_dict(),
+            reduction=self.virtual.reduction.state_dict(),
+            interval=self._interval.state_dict(),
             recent_top1_errors=self.recent_top1_errors,
             last_validation=self.last_validation,
             seconds=self.seconds,
@@ -160,11 +133,12 @@ class Trainer:
         try:
             self.virtual.model.load_state_dict(state.model)
             restore_optimizer(self.optimizer, state.optimizer)
+            self.virtual.reduction.load_state_dict(state.reduction)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this run's model, whose code has changed: {error}") from error
-        self.scaler.load_state_dict(state.scaler)
+        self.loss_scale.load_state_dict(state.loss_scale)
         if self.resize is None or self.resize.step != state.step:
-            self._interval = _Interval(**state.interval)  # else its steps had another minibatch
+            self._interval = Interval(**state.interval)  # else its steps had another minibatch
         self.step = state.step
         self.recent_top1_errors = state.recent_top1_errors
         self.last_validation = state.last_validation
@@ -188,6 +162,7 @@ class Trainer:
                 batches = TimedBatches(stream, self.memory_format)
                 while self.step < total:
                     facts = self._train_step(batches)
+                    self._note_overflow(facts, progress)
                     evaluates, saves = evaluations.due(self.step), self._saves_after(facts)
                     if saves:
                         facts = self._settle(facts)
@@ -209,23 +184,36 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepFacts:
         """One update; returns what all ranks know of the newest step that can be read without a wait."""
-        metrics = train_step(
+        result = train_step(
             self.virtual,
             self.optimizer,
             batches,
             step=self.step,
             lr=self.schedule.lr_at(self.step),
             autocast=self.autocast,
-            scaler=self.scaler,
+            loss_scale=self.loss_scale,
             loss_factor=self.loss_factor * self.schedule.loss_scale,
             flags=self._flags(),
             measure_noise=self._measures_noise(),
         )
-        self._interval.add(metrics)
-        facts = self._facts.read(self.step, metrics["flags"], metrics["not_finite"], metrics["passes_not_finite"])
+        overflowed = result.overflowed.any()
+        self._interval.add(result.sums, counts=~(result.not_finite | overflowed))
+        self._interval.add({"skipped": result.not_finite, "overflowed": overflowed})
+        self._interval.steps += 1
+        facts = self._facts.read(self.step, result)
         self.step += 1
         self._check_finite(facts)
         return facts
+
+    def _note_overflow(self, facts: StepFacts, progress: Progress) -> None:
+        if facts.overflowed:
+            names = [name for name, p in self.virtual.model.named_parameters() if p.requires_grad]
+            named = ", ".join(names[i] for i in facts.overflowed[:3])
+            more = f" and {len(facts.overflowed) - 3} more" if len(facts.overflowed) > 3 else ""
+            progress.note(
+                f"warning: step {facts.step}: the gradients of {named}{more} grew faster than the exact sum has room "
+                "for; this update is left out, and the next step has more room"
+            )
 
     def _measures_noise(self) -> bool:
         every = self.logging.noise_scale_every_steps
@@ -263,9 +251,10 @@ class Trainer:
 
     def _read_interval(self, clock: _Clock, batches: TimedBatches, progress: Progress) -> dict[str, float]:
         """The metrics since the last record. Waits for the device."""
-        interval, self._interval = self._interval, self._new_interval()
-        skipped = int(interval.skipped.item())
-        counted = interval.steps - skipped
+        interval, self._interval = self._interval, Interval()
+        (loss,), (wrong,) = interval.read("loss"), interval.read("wrong")
+        (skipped,), (overflowed,) = interval.read("skipped"), interval.read("overflowed")
+        counted = interval.steps - int(skipped + overflowed)
         images = counted * self.order.global_batch
         timing = clock.read(batches.waited)
         compute, straggler = self._stragglers.compare(self.virtual.own_compute.read() / timing.steps)
@@ -274,17 +263,19 @@ class Trainer:
         record: dict[str, float] = {
             "step": self.step,
             "epoch": self.order.recipe_step(self.step) / self.order.steps_per_epoch,
-            "train/loss": interval.loss.item() / counted if counted else math.nan,
-            "train/top1_error": 100.0 * interval.wrong.item() / images if counted else math.nan,
+            "train/loss": loss / counted if counted else math.nan,
+            "train/top1_error": 100.0 * wrong / images if counted else math.nan,
             "lr": self.schedule.lr_at(self.step - 1),
             "global_batch": self.order.global_batch,
             "images_per_second": self.order.global_batch / timing.step,
             "data_wait": timing.data_wait,
             **compute,
-            **_noise_record(interval.noise),
+            **_noise_record(interval.read("noise")),
         }
         if skipped:
-            record["skipped_steps"] = skipped
+            record["skipped_steps"] = int(skipped)
+        if overflowed:
+            record["overflowed_steps"] = int(overflowed)
         skipped_images = sum(self.ranks.gather(self.train.skipped))
         if skipped_images:
             record["skipped_images"] = skipped_images  # since this process started
@@ -398,15 +389,10 @@ class Trainer:
         yield
         batchnorm.write(running)
 
-    def _new_interval(self) -> _Interval:
-        device = self.ranks.device
-        wrong, skipped = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
-        noise = torch.zeros(3, dtype=torch.float64, device=device)
-        return _Interval(torch.zeros((), device=device), wrong, skipped, noise)
-
     def summary(self) -> dict[str, float | int]:
         """`summary.json` of a finished run."""
         images = self.order.images_consumed(self.step)
+        skipped = self.last_validation.get("val/skipped_images", 0)
         return {
             "top1_error": self.last_validation["val/top1_error"],
             "top1_error_median_last5": statistics.median(self.recent_top1_errors),
@@ -417,6 +403,7 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "global_batch": self.order.global_batch,
             "peak_lr": self.schedule.peak_lr,
+            **({"skipped_images": int(skipped)} if skipped else {}),
         }
 
 
@@ -424,9 +411,9 @@ def _say_newest(step: int | None) -> str:
     return f"The newest checkpoint is of step {step}." if step is not None else "There is no checkpoint yet."
 
 
-def _noise_record(sums: Tensor) -> dict[str, float]:
+def _noise_record(sums: list[float]) -> dict[str, float]:
     """The gradient noise scale of an interval and its two parts; nothing if it was not measured."""
-    noise, squared_norm, steps = sums.tolist()
+    noise, squared_norm, steps = sums or (0.0, 0.0, 0.0)
     if not steps:
         return {}
     return {
