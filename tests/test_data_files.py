@@ -250,7 +250,7 @@ def test_own_label_outside_the_classes(processes):
         (own("make_tensors", arguments={"labels": [1], "shape": [5, 5]}), DataError, "images must be uint8"),
         (own("make_datasets", arguments={"labels": [1]}, augmentation=Augmentation(kind="crop")), ConfigError, "crop"),
         (own("make_datasets", arguments={"labels": []}), DataError, "training set: the dataset has no images"),
-        (own("nothing"), DataError, r"must return \(train, val\), not NoneType"),
+        (own("nothing"), DataError, r"must return \(train, val\), not None"),
         (own("absent"), DataError, "cannot be imported .*absent"),
         (own("CLASSES"), DataError, "is a tuple, not a function"),
         (DataSettings(name="no_such_module:f"), DataError, "cannot be imported .No module named"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from largebatch.data.loaders import make_loader, starting
 from largebatch.data.pictures import (
     CROP_DRAWS,
     Picture,
+    check_label,
+    describe,
     from_object,
     open_picture,
     training_view,
@@ -30,7 +35,9 @@ from largebatch.wording import reason
 
 _log = logging.getLogger(__name__)
 _SKIPPED_IN_A_ROW = 100  # more is no bad picture, but a disk that is gone
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
+             ".gif", ".avif")  # fmt: skip
+_SIZED = 10_000  # files whose sizes are part of the fingerprint: asking for all of a million takes minutes
 
 
 class Pictures(Protocol):
@@ -44,13 +51,17 @@ class Pictures(Protocol):
         """See `ImageSource.fingerprint`."""
         ...
 
+    def name(self, index: int) -> str:
+        """What a picture is called in messages."""
+        ...
+
     def picture(self, index: int) -> tuple[Picture, int]:
         """A picture and its label. Raises DataError, naming the file."""
         ...
 
 
 class FolderPictures:
-    """`folder/CLASS/*.jpg`, in sorted order, so that every machine numbers the files alike."""
+    """`folder/CLASS/**/*.jpg`, in sorted order, so that every machine numbers the files alike."""
 
     def __init__(self, folder: Path, classes: Sequence[str], limit: int | None = None) -> None:
         names = [_images_in(folder / name) for name in classes]
@@ -67,12 +78,18 @@ class FolderPictures:
         return len(self._files)
 
     def fingerprint(self) -> str:
-        """Of the files' names, which hold the class; their bytes would take hours."""
-        return hashlib.sha256(b"\n".join(self._files.tolist())).hexdigest()
+        """Of the files' names, which hold the class, and of the sizes of 10,000 evenly spread ones."""
+        hashed = hashlib.sha256(b"\n".join(self._files.tolist()))
+        for index in range(0, len(self), -(-len(self) // _SIZED)):
+            with contextlib.suppress(OSError):  # whoever reads it will say so
+                hashed.update(b"%d" % os.stat(self.name(index)).st_size)
+        return hashed.hexdigest()
+
+    def name(self, index: int) -> str:
+        return os.path.join(self._folder, os.fsdecode(self._files[index]))
 
     def picture(self, index: int) -> tuple[Picture, int]:
-        path = os.path.join(self._folder, os.fsdecode(self._files[index]))
-        return open_picture(path), int(self._labels[index])
+        return open_picture(self.name(index)), int(self._labels[index])
 
 
 class DatasetPictures:
@@ -92,20 +109,21 @@ class DatasetPictures:
         """Of the number of images alone: all else is the dataset's own."""
         return str(self._count)
 
+    def name(self, index: int) -> str:
+        return f"{self._where}, image {index}"
+
     def picture(self, index: int) -> tuple[Picture, int]:
         try:
-            picture, label = self._dataset[index]
+            item = self._dataset[index]
         except Exception as error:
-            raise DataError(f"{self._where}, image {index}: {reason(error)}") from error
-        if not 0 <= label < self.classes:
-            raise DataError(
-                f"{self._where}, image {index}: label {label} is outside 0..{self.classes - 1}; "
-                "mend the label or set data.classes"
-            )
+            raise DataError(f"{self.name(index)}: {reason(error)}") from error
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise DataError(f"{self.name(index)}: the dataset gives {describe(item)}; it must give (image, label)")
+        picture, label = item
         try:
-            return from_object(picture), int(label)
+            return from_object(picture), check_label(label, self.classes)
         except DataError as error:
-            raise DataError(f"{self._where}, image {index}: {error}") from None
+            raise DataError(f"{self.name(index)}: {error}") from None
 
 
 class Decoded(NamedTuple):
@@ -116,15 +134,19 @@ class Decoded(NamedTuple):
     labels: Tensor
     """int64 [n]"""
     skipped: list[str]
-    """What was wrong with each picture that another stands in for."""
+    """What was wrong with each picture that another stands in for, or that is left out."""
 
 
 class Decoder:
     """What a loader process runs: a pass in, its pictures out."""
 
-    def __init__(self, pictures: Pictures, settings: DataSettings, seed: int, augment: bool) -> None:
+    def __init__(
+        self, pictures: Pictures, settings: DataSettings, seed: int, *, augment: bool, leaves_out: bool
+    ) -> None:
+        """With `leaves_out`, a picture that may be skipped is left out, else the next good one stands in for it."""
         self._pictures, self._settings, self._seed = pictures, settings, seed
         self._augment = augment and settings.augmentation.kind != "none"
+        self._leaves_out = leaves_out
 
     def __getitem__(self, requested: Pass) -> Decoded | DataError:
         try:
@@ -138,14 +160,23 @@ class Decoder:
         images = torch.empty(len(requested.indices), size, size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requested.indices), dtype=torch.int64)
         draws = image_draws(requested.indices, CROP_DRAWS, seed=self._seed, epoch=requested.epoch).tolist()
-        for row, index in enumerate(requested.indices.tolist()):
-            images[row], labels[row] = self._good_view(index, draws[row], skipped)
-        return Decoded(images, labels, skipped)
+        row = 0
+        for draw, index in zip(draws, requested.indices.tolist(), strict=True):
+            if (good := self._good_view(index, draw, skipped)) is not None:
+                images[row], labels[row] = good
+                row += 1
+        return Decoded(images[:row], labels[:row], skipped)
 
-    def _good_view(self, index: int, draws: Sequence[float], skipped: list[str]) -> tuple[Tensor, int]:
-        """A picture as the model sees it, and its label; if it may be skipped, of the next good one."""
+    def _good_view(self, index: int, draws: Sequence[float], skipped: list[str]) -> tuple[Tensor, int] | None:
+        """A picture as the model sees it, and its label; if it may be skipped, of the next good one, or none."""
         if self._settings.on_error == "stop":
             return self._view(index, draws)
+        if self._leaves_out:
+            try:
+                return self._view(index, draws)
+            except DataError as error:
+                skipped.append(str(error))
+                return None
         for candidate in range(index, index + _SKIPPED_IN_A_ROW):
             try:
                 return self._view(candidate % len(self._pictures), draws)
@@ -155,10 +186,15 @@ class Decoder:
 
     def _view(self, index: int, draws: Sequence[float]) -> tuple[Tensor, int]:
         settings = self._settings
-        picture, label = self._pictures.picture(index)
-        if self._augment:
-            return training_view(picture, draws, settings.image_size, settings.augmentation), label
-        return validation_view(picture, settings.resize_size, settings.image_size), label
+        try:
+            picture, label = self._pictures.picture(index)
+            if self._augment:
+                return training_view(picture, draws, settings.image_size, settings.augmentation), label
+            return validation_view(picture, settings.short_side, settings.image_size), label
+        except DataError:
+            raise
+        except Exception as error:  # whatever a library or the user's own code does with a file
+            raise DataError(f"{self._pictures.name(index)}: {reason(error)}") from error
 
 
 class PictureSource:
@@ -173,7 +209,12 @@ class PictureSource:
         std: Sequence[float],
         seed: int,
         device: torch.device,
+        leaves_out: bool = False,
     ) -> None:
+        """With `leaves_out` (a validation set), a picture that cannot be read is not replaced by another."""
+        self.leaves_out = leaves_out and settings.on_error == "skip"
+        self._leaves_out = leaves_out
+        self._kept: tuple[_Passes, DataLoader] | None = None
         self.images, self.classes = len(pictures), pictures.classes
         self.shape = (3, settings.image_size, settings.image_size)
         self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
@@ -187,7 +228,10 @@ class PictureSource:
 
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""
-        batches = iter(self._loader(passes, augment))
+        loader = self._loader(passes, augment)
+        with starting():
+            batches = iter(loader)
+        finished = False
         try:
             while (batch := _next(batches)) is not None:
                 if isinstance(batch, DataError):
@@ -195,27 +239,50 @@ class PictureSource:
                 self._count(batch.skipped)
                 images, labels = (part.to(self._device, non_blocking=True) for part in (batch.images, batch.labels))
                 yield self._normalise(images), labels
+            finished = True
         finally:
-            del batches  # ends the loader processes
+            if not finished:
+                self._kept = None
+            del batches, loader  # ends the loader processes, unless they are kept
 
     def _count(self, skipped: list[str]) -> None:
         """Count the pictures that were skipped, and name each of them once."""
         self.skipped += len(skipped)
         for problem in sorted(set(skipped) - self._known_bad):
-            _log.warning("warning: %s; the next good picture stands in for it (data.on_error: skip)", problem)
+            instead = "it is left out" if self._leaves_out else "the next good picture stands in for it"
+            _log.warning("warning: %s; %s (data.on_error: skip)", problem, instead)
         self._known_bad.update(skipped)
 
     def _loader(self, passes: Iterable[Pass], augment: bool) -> DataLoader:
-        processes = self._settings.loader_processes
-        return DataLoader(
-            Decoder(self._pictures, self._settings, self._seed, augment),  # type: ignore[arg-type]
-            sampler=passes,
-            batch_size=None,
-            num_workers=processes,
-            prefetch_factor=self._settings.prefetch if processes else None,
-            pin_memory=self._device.type == "cuda",
-            generator=torch.Generator(),  # else DataLoader takes a number from torch's global generator
+        if self._leaves_out and self._kept is not None:
+            self._kept[0].now = passes
+            return self._kept[1]
+        settings, given = self._settings, iter(passes)
+        first = list(itertools.islice(given, 1))  # no later one is larger
+        asked = _Passes(itertools.chain(first, given))
+        loader = make_loader(
+            Decoder(self._pictures, settings, self._seed, augment=augment, leaves_out=self._leaves_out),
+            asked,
+            processes=settings.loader_processes,
+            prefetch=settings.prefetch,
+            pass_bytes=sum(3 * settings.image_size**2 * len(one.indices) for one in first),
+            where=f"data.name {settings.name}",
+            keep=self._leaves_out,
+            pin=self._device.type == "cuda",
         )
+        if self._leaves_out:
+            self._kept = asked, loader
+        return loader
+
+
+class _Passes:
+    """What a loader is asked for; another time, other passes."""
+
+    def __init__(self, now: Iterable[Pass]) -> None:
+        self.now = now
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.now)
 
 
 def _next(batches: Iterator[Any]) -> Decoded | DataError | None:
@@ -226,7 +293,7 @@ def _next(batches: Iterator[Any]) -> Decoded | DataError | None:
     try:
         return next(batches, None)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(sign in str(error) for sign in ("exited unexpectedly", "is killed by signal")):
             raise
         return DataError(
             f"a loader process died ({str(error).splitlines()[0]}); often too little memory or shared "
@@ -251,21 +318,38 @@ def class_names(root: Path) -> list[str]:
 
 def _folders_in(folder: Path) -> list[str]:
     try:
-        names = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+        entries = [e for e in os.scandir(folder) if not e.name.startswith(".")]
+        names = [e.name for e in entries if e.is_dir()]
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be read ({error.strerror}); data.root must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
         ) from None
     if not names:
         raise DataError(f"{folder}: no class folders in it; images belong in {folder}/CLASS/")
+    if loose := len(entries) - len(names):
+        _log.warning("warning: %s: %d files beside the class folders are not read", folder, loose)
     return names
 
 
 def _images_in(folder: Path) -> list[str]:
-    try:
-        names = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(_SUFFIXES))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+    """The image files in a class folder and its subfolders, in sorted order, but for hidden ones."""
+    names, others = [], 0
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    for path, subfolders, files in os.walk(folder, onerror=fail, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        inside = os.path.relpath(path, folder)
+        for name in files:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(_SUFFIXES):
+                names.append(name if inside == "." else f"{inside}/{name}")
+            else:
+                others += 1
+    if others:
+        _log.warning("warning: %s: %d files are not read (known: %s)", folder, others, " ".join(_SUFFIXES))
     if not names:
         raise DataError(f"{folder}: no images in this class folder (known: {' '.join(_SUFFIXES)})")
-    return names
+    return sorted(names)

@@ -11,6 +11,7 @@ from largebatch.data.files import DatasetPictures, FolderPictures, Pictures, Pic
 from largebatch.data.known import Split, read_known
 from largebatch.data.memory import MemorySource
 from largebatch.data.own import PARTS, call_own, check_tensors, is_tensors, own_classes
+from largebatch.data.pictures import describe
 from largebatch.data.settings import FOLDERS, DataSettings
 from largebatch.data.source import ImageSource
 from largebatch.data.synthetic import make_split
@@ -74,6 +75,10 @@ def _in_memory(
 def _folder(settings: DataSettings, seed: int, device: torch.device) -> Sources:
     root = Path(settings.root)
     classes = class_names(root)
+    if len(classes) < 2:
+        raise DataError(
+            f"{root / 'train'}: one class folder only ({classes[0]}); a classifier needs two at least, each a folder"
+        )
     train = FolderPictures(root / "train", classes, settings.train_images)
     val = FolderPictures(root / "val", classes, settings.val_images)
     _check_counts(settings, train, val)
@@ -106,10 +111,10 @@ def _own(settings: DataSettings, seed: int, device: torch.device) -> Sources:
             raise DataError(f"{where[1]}: images are {seen}, but training images {expected}")
         own = ((0.5,) * expected[0], (0.25,) * expected[0])
         return _in_memory(settings, train, val, classes, own, seed, device)
-    if any(is_tensors(split) or not hasattr(split, "__getitem__") for split in splits):
+    if any(is_tensors(s) or not (hasattr(s, "__getitem__") and hasattr(s, "__len__")) for s in splits):
         raise DataError(
-            f"data.name {settings.name}: both parts must be (uint8 images, integer labels) or both a dataset "
-            "with __len__ and __getitem__"
+            f"data.name {settings.name}: returned {' and '.join(map(describe, splits))}; both parts must be (uint8 "
+            "images, integer labels) or both a dataset with __len__ and __getitem__"
         )
     limits = (settings.train_images, settings.val_images)
     pictures = [DatasetPictures(s, classes, w, n) for s, w, n in zip(splits, where, limits, strict=True)]
@@ -128,7 +133,7 @@ def _pictures(
         raise ConfigError("data.augmentation.kind: crop is for sets in memory; here: resized_crop or none")
     mean, std = normalisation(settings, 3, *own)
 
-    def source(pictures: Pictures) -> PictureSource:
-        return PictureSource(pictures, settings, mean=mean, std=std, seed=seed, device=device)
+    def source(pictures: Pictures, *, leaves_out: bool) -> PictureSource:
+        return PictureSource(pictures, settings, mean=mean, std=std, seed=seed, device=device, leaves_out=leaves_out)
 
-    return source(train), source(val)
+    return source(train, leaves_out=False), source(val, leaves_out=True)

@@ -39,7 +39,7 @@ class MemorySource:
         self.images = count
         self.classes = classes
         self.shape = (channels, height, width)
-        self.skipped = 0
+        self.skipped, self.leaves_out = 0, False
         self.labels = labels.to(device, torch.int64)
         self._padding, self._flip, self._seed = padding, flip, seed
         self._normalise = Normalise(mean, std, self.shape, device)

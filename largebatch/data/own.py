@@ -7,12 +7,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from largebatch.data.known import Split
+from largebatch.data.pictures import describe
 from largebatch.data.settings import DataSettings
-from largebatch.errors import DataError
+from largebatch.errors import DataError, UserError
+from largebatch.wording import reason
 
 PARTS = ("training set", "validation set")
 
@@ -30,10 +33,23 @@ def call_own(settings: DataSettings) -> tuple[Any, Any]:
             f"data.arguments: {settings.name} cannot be called with {settings.arguments}: {error}; overrides add to "
             "the arguments of the file, they do not replace them"
         ) from None
-    result = function(**settings.arguments)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise DataError(f"data.name {settings.name}: must return (train, val), not {type(result).__name__}")
-    return result
+    try:
+        result = function(**settings.arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise DataError(f"data.name {settings.name}: raised {reason(error)}") from error
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise DataError(f"data.name {settings.name}: must return (train, val), not {describe(result)}")
+    train, val = map(_as_tensors, result)
+    return train, val
+
+
+def _as_tensors(split: Any) -> Any:
+    """(images, labels) as tensors where they are NumPy arrays; anything else as it is."""
+    if isinstance(split, tuple | list) and len(split) == 2 and any(isinstance(part, np.ndarray) for part in split):
+        return tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in split)
+    return split
 
 
 def _function(path: str) -> Callable[..., Any]:
@@ -60,6 +76,11 @@ def check_tensors(split: Split, where: str, classes: int) -> Split:
     images, labels = split
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         raise DataError(f"{where}: images must be uint8 [M, C, H, W], not {_kind(images)}")
+    if images.shape[1] > 4 >= images.shape[3]:
+        raise DataError(
+            f"{where}: images are {_kind(images)}, which looks like [M, H, W, C]; give [M, C, H, W] "
+            "(images.permute(0, 3, 1, 2))"
+        )
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise DataError(f"{where}: labels must be integers [{len(images)}], not {_kind(labels)}")
     outside = ((labels < 0) | (labels >= classes)).nonzero()
@@ -67,7 +88,7 @@ def check_tensors(split: Split, where: str, classes: int) -> Split:
         index = int(outside[0])
         raise DataError(
             f"{where}, image {index}: label {int(labels[index])} is outside 0..{classes - 1}; "
-            "mend the label or set data.classes"
+            "correct the label or set data.classes"
         )
     return split
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ from largebatch.data.settings import Augmentation
 from largebatch.errors import DataError
 
 _TRIES = 10
+_LONG = 32  # long over short side from which on a picture is cut to its middle before it is resized
+_MOST_PIXELS = 2**28  # 0.8 GB once decoded
+Image.MAX_IMAGE_PIXELS = None  # the limit is ours, for JPEG and all others alike
 CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of each try, top, left, flip
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -57,8 +61,10 @@ class JpegPicture:
     def top(self, rows: int) -> np.ndarray:
         try:
             return decode_top(self._data, self._frame, rows)
-        except ValueError as error:
-            raise _damaged(self._path, self._data, error) from None
+        except ValueError:
+            # libjpeg warns of what most programs accept (odd headers, stray bytes). What is damaged Pillow decides, on
+            # machines with and without simplejpeg alike.
+            return _decode(self._path, self._data)
 
 
 def open_picture(path: str) -> Picture:
@@ -69,29 +75,88 @@ def open_picture(path: str) -> Picture:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from None
     if frame := find_frame(data):
+        _check_size(path, frame.width, frame.height)
         return JpegPicture(path, data, frame)
+    return ArrayPicture(_decode(path, data))
+
+
+def _decode(path: str, data: bytes) -> np.ndarray:
+    """The whole picture by Pillow: uint8 RGB [H, W, 3]. Raises DataError naming the file."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return ArrayPicture(np.array(picture.convert("RGB")))
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF and of large pictures, once for each
+            with Image.open(io.BytesIO(data)) as picture:
+                _check_size(path, *picture.size)
+                return to_rgb(picture)
+    except DataError as error:
+        raise DataError(f"{path}: {error}" if not str(error).startswith(path) else str(error)) from None
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise _damaged(path, data, error) from None
+
+
+def _check_size(path: str, width: int, height: int) -> None:
+    if width * height > _MOST_PIXELS:
+        raise DataError(
+            f"{path}: {width} x {height} pixels are more than {_MOST_PIXELS:,}, too many to decode; scale it down"
+        )
+
+
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """A PIL image as uint8 RGB [H, W, 3]; 16 bits a channel are scaled to 8. Raises DataError.
+
+    Transparency is dropped, and EXIF's rotation ignored, as torchvision does.
+    """
+    mode = picture.mode
+    sixteen = mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM"))
+    if sixteen:
+        grey = np.asarray(picture).astype(np.float64)
+        narrow = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
+        return np.repeat(narrow[:, :, None], 3, axis=2)
+    if mode in ("I", "F"):
+        kind = "32-bit integers" if mode == "I" else "floats"
+        raise DataError(f"its pixels are {kind}, whose range nobody knows; convert the image to 8 or 16 bits")
+    return np.array(picture.convert("RGB"))
 
 
 def _damaged(path: str, data: bytes, error: Exception) -> DataError:
     no_image = isinstance(error, Image.UnidentifiedImageError)
-    reason = "is no image" if no_image else f"is damaged ({error})"
+    reason = "is no image" if no_image else f"is damaged ({type(error).__name__}: {error})"
     return DataError(f"{path}: {reason}, {len(data)} bytes; mend or remove the file")
 
 
 def from_object(picture: Any) -> Picture:
     """A PIL image or a uint8 [C, H, W] tensor with 1 or 3 channels as a picture. Raises DataError."""
     if isinstance(picture, Image.Image):
-        return ArrayPicture(np.array(picture.convert("RGB")))
+        return ArrayPicture(to_rgb(picture))
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+        picture = torch.from_numpy(picture)
+        if picture.ndim == 3 and picture.shape[0] not in (1, 3) and picture.shape[2] in (1, 3):
+            picture = picture.permute(2, 0, 1)  # NumPy's images are usually [H, W, C]
     is_tensor = isinstance(picture, torch.Tensor)
     if is_tensor and picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[0] in (1, 3):
         return ArrayPicture(picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-    seen = f"{picture.dtype} {list(picture.shape)}" if is_tensor else type(picture).__name__
-    raise DataError(f"a picture must be a PIL image or a uint8 tensor [1 or 3, H, W], not {seen}")
+    raise DataError(f"an image must be a PIL image or a uint8 tensor [1 or 3, H, W], not {describe(picture)}")
+
+
+def describe(value: Any) -> str:
+    """What a user's function returned, in a few words."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def check_label(label: Any, classes: int) -> int:
+    """`label` as a class number. Raises DataError if it is not an integer, or outside 0..classes-1."""
+    if isinstance(label, torch.Tensor | np.ndarray) and label.size and np.prod(label.shape) == 1:
+        label = label.reshape(-1)[0]
+    number = label.item() if isinstance(label, torch.Tensor | np.generic) and not label.shape else label
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise DataError(f"label {describe(label)} is not an integer; a label is the number of its class, from 0")
+    if not 0 <= number < classes:
+        raise DataError(f"label {number} is outside 0..{classes - 1}; correct the label or set data.classes")
+    return number
 
 
 def random_crop(draws: Sequence[float], height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> Box:
@@ -109,8 +174,8 @@ def random_crop(draws: Sequence[float], height: int, width: int, scale: Sequence
             left = int(draws[2 * _TRIES + 1] * (width - w + 1))
             return top, left, h, w
     # No try fitted: the largest centre crop of an allowed shape.
-    w = min(width, round(height * ratio[1]))
-    h = min(height, round(width / ratio[0]))
+    w = max(1, min(width, round(height * ratio[1])))
+    h = max(1, min(height, round(width / ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -135,7 +200,10 @@ def validation_view(picture: Picture, resize_size: int, size: int) -> torch.Tens
     """Short side resized to `resize_size`, then the centre: uint8 [size, size, 3]."""
     height, width = picture.height, picture.width
     short = min(height, width)
-    target = (int(resize_size * height / short), int(resize_size * width / short))
-    view = resize(picture, (0, 0, height, width), target)
+    # Of a very long picture only the middle is resized: its ends would be cut away, after they had filled the memory.
+    longest = _LONG * short
+    rows, columns = min(height, longest), min(width, longest)
+    target = (int(resize_size * rows / short), int(resize_size * columns / short))
+    view = resize(picture, ((height - rows) // 2, (width - columns) // 2, rows, columns), target)
     top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return view[top : top + size, left : left + size]

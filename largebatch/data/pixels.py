@@ -38,5 +38,5 @@ class Normalise:
         channels, height, width = self.shape
         # Two rounded operations: a fused one may round differently in the vector loop and in its tail, and
         # the same image would differ with its place in the pass.
-        flat = images.reshape(len(images), -1).to(torch.float32).mul_(self._scale).add_(self._offset)
-        return flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        flat = images.flatten(1).to(torch.float32).mul_(self._scale).add_(self._offset)
+        return flat.view(len(images), height, width, channels).permute(0, 3, 1, 2)

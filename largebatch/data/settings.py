@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -78,8 +79,9 @@ class DataSettings(Section):
     image_size: PositiveInt = 224
     """Pictures from files: height and width of the crop that the model sees."""
 
-    resize_size: PositiveInt = 256
-    """Pictures from files, validation: the short side is resized to this before the centre crop."""
+    resize_size: PositiveInt | None = None
+    """Image files, validation: the short side is resized to this before the centre crop; null: in the proportion of 256
+    to 224 to `image_size`."""
 
     mean: PerChannel | None = None
     """Mean of each channel in [0, 1], instead of the set's own."""
@@ -129,8 +131,22 @@ class DataSettings(Section):
             raise ValueError(f"augmentation.kind {kind} is for pictures in files; {self.name}: crop or none")
         if kind == "crop" and self.name in FOLDERS:
             raise ValueError(f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none")
-        if self.resize_size < self.image_size:
+        if self.short_side < self.image_size:
             raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
-        if any(value <= 0 for value in self.std or []):
-            raise ValueError(f"std {self.std}: every value must be above 0")
+        for key, values, smallest in (("mean", self.mean, 0.0), ("std", self.std, 1e-6)):
+            if any(not smallest <= value <= 1 for value in values or []):
+                raise ValueError(
+                    f"{key} {values}: every value must be in [0, 1], as of pixels divided by 255"
+                    + (" and above 0" if key == "std" else "")
+                )
         return self
+
+    @property
+    def short_side(self) -> int:
+        """Pixels of a validation image's short side before the centre crop."""
+        return self.resize_size or round(self.image_size * 256 / 224)
+
+    @field_validator("root")
+    @classmethod
+    def _home(cls, root: str) -> str:
+        return os.path.expanduser(root)

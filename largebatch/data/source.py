@@ -28,6 +28,8 @@ class ImageSource(Protocol):
     images: int
     classes: int
     shape: tuple[int, int, int]
+    leaves_out: bool
+    """Whether an image that cannot be read is left out of its pass (a validation set, `data.on_error: skip`)."""
     skipped: int
     """Pictures in whose place another was given so far, in this process (`data.on_error: skip`)."""
 

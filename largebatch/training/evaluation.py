@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from largebatch.data.source import ImageSource, Pass
 from largebatch.distributed.environment import Ranks
+from largebatch.errors import DataError
 from largebatch.recipe.batch import block
 from largebatch.recipe.order import evaluation_batches
 from largebatch.training.precision import Autocast
@@ -29,7 +30,8 @@ def evaluate(
 
     The batches do not depend on N, and each rank writes the sums of its own batches into a row of its own, so
     the sum over ranks adds zeros to them and is the same to the last bit on any N. ``val/images`` is their
-    number. The error among the best five is left out for sets of five classes or fewer.
+    number; ``val/skipped_images``, if any, that of images which could not be read and are left out. The error among
+    the best five is left out for sets of five classes or fewer.
     """
     batches = evaluation_batches(source.images, images_per_batch)
     mine = block(len(batches), ranks.world_size, ranks.rank)
@@ -39,16 +41,23 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for row, (images, labels) in zip(mine, source.stream(passes, augment=False), strict=True):
+            if not len(images):  # all of them were left out
+                continue
             with autocast():
                 logits = model(images.contiguous(memory_format=memory_format))
             rows[row] = _sums(logits.float() if logits.dtype != torch.float64 else logits, labels)
     for module in training:  # not model.train(): a part that its owner keeps in eval mode stays so
         module.training = True
     loss, top1, top5, count = ranks.sum(rows).sum(dim=0).tolist()
-    assert count == source.images, f"evaluated {count} of {source.images} images"
+    skipped = source.images - count
+    assert skipped == 0 or source.leaves_out, f"evaluated {count} of {source.images} images"
+    if not count:
+        raise DataError("no validation image can be read; the warnings above name them")
     result = {"val/loss": loss / count, "val/top1_error": 100 * (count - top1) / count, "val/images": count}
     if source.classes > 5:
         result["val/top5_error"] = 100 * (count - top5) / count
+    if skipped:
+        result["val/skipped_images"] = skipped
     return result
 
 
