@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ def _folder(text: str) -> Path:
     """A folder that an option names; a shell variable that is not set must not mean the current one."""
     if not text:
         raise typer.BadParameter("'' names no folder; give one ('.' for the current one)")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
@@ -347,6 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no "§" is no reason to stop
+        sys.stdout = _Tolerant(sys.stdout)
     if "" not in sys.path:
         sys.path.insert(0, "")  # as under `python -m`: a user's own module lies in the current folder
     try:
@@ -360,6 +362,9 @@ def _run(arguments: list[str] | None) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except typer.Abort:
+        command = arguments if arguments is not None else sys.argv[1:]
+        kept = "; what the newest checkpoint holds is kept, and the same command resumes from it"
+        _complain(f"interrupted{kept if command[:1] == ['train'] else ''}")
         return 130
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's own errors of usage
@@ -376,6 +381,43 @@ def _run(arguments: list[str] | None) -> int:
         return 1
 
 
+class _Tolerant(io.TextIOBase):
+    """Standard output that may be closed (`| head`) or on a full disk: no reason to end a training."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        with self._without_failing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._without_failing():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _without_failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _complain(f"warning: standard output cannot be written ({error.strerror}); nothing more is printed there")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what Python flushes at its end
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the machine has no memory left; torch's allocator for CPUs says so in words alone."""
     return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
@@ -385,12 +427,9 @@ def _complain(text: str) -> None:
     """Print to standard error, each line prefixed with the rank where there are several."""
     rank = _from_launcher("RANK", "SLURM_PROCID")
     prefix = f"[rank {rank}] " if rank is not None else ""
-    print(
-        "".join(f"{prefix}{line}\n" for line in text.rstrip().splitlines()),
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
+    lines = "".join(f"{prefix}{line}\n" for line in text.rstrip().splitlines())
+    with contextlib.suppress(OSError):  # nobody is left to hear it
+        print(lines, end="", file=sys.stderr, flush=True)
 
 
 def _from_launcher(torchrun: str, slurm: str) -> str | None:

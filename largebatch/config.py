@@ -33,6 +33,8 @@ _FREE_ON_RESUME = (
     "logging",
     "data.root",
     "data.loader_processes",
+    "data.prefetch",
+    "data.on_error",
     "execution.device",
     "execution.backend",
     "execution.bucket_mb",
@@ -90,8 +92,28 @@ class Config(Section):
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The config in the YAML file `path`, with ``section.key=value`` overrides. Raises ConfigError."""
-    return load_config(Path(path), overrides, Config)
+    """The config in the YAML file `path`, with ``section.key=value`` overrides. Raises ConfigError.
+
+    Where the overrides set `schedule.epochs` and nothing else of the schedule's times, warmup and decay keep their
+    place in the training: they are scaled with it.
+    """
+    return load_config(Path(path), [*overrides, *_scaled_times(Path(path), overrides)], Config)
+
+
+def _scaled_times(path: Path, overrides: Sequence[str]) -> list[str]:
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    times = ("schedule.warmup", "schedule.decay")
+    if "schedule.epochs" not in keys or any(key == "schedule" or key.startswith(times) for key in keys):
+        return []
+    others = [o for o, key in zip(overrides, keys, strict=True) if key != "schedule.epochs"]
+    without_times = ["schedule.warmup.kind=none", "schedule.decay.kind=none"]
+    try:
+        before = load_config(path, others, Config).schedule
+        factor = load_config(path, [*overrides, *without_times], Config).schedule.epochs / before.epochs
+    except ConfigError:
+        return []  # said of the whole, in a moment
+    decays = [round(epoch * factor, 6) for epoch in before.decay.epochs]
+    return [f"schedule.warmup.epochs={before.warmup.epochs * factor:.6f}", f"schedule.decay.epochs={decays}"]
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from largebatch.config import Config
-from largebatch.recipe.batch import deal_workers
+from largebatch.data.settings import FOLDERS
+from largebatch.recipe.batch import deal_equally
 from largebatch.recipe.efficiency import images_factor, steps_factor
 from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.resize import Resize, ResizedOrder, resized_schedule
@@ -50,6 +51,9 @@ class Plan:
     decay_steps: list[int]
     weight_decay: float
     reduction: str
+    image_size: int | None
+    """Pixels of an image from a file as the model sees it; None for other sets."""
+    resize_size: int | None
     resize_step: int | None
     """The step from which on `batch.on_resize: rescale` gave this minibatch to a run that began with another."""
     warnings: list[str]
@@ -67,9 +71,10 @@ def make_plan(
     With `resize`, `config` has the k from there on; steps are counted from the run's start.
     """
     batch = config.batch
-    workers = deal_workers(batch.virtual_workers, config.execution.workers_per_pass, world_size)
+    workers = deal_equally(batch.virtual_workers, config.execution.workers_per_pass, world_size).workers_on_rank()
     order = make_order(config, train_images, resize)
     schedule = run_schedule(config, order, resize)
+    from_files = config.data.name in FOLDERS
     return Plan(
         name=name,
         world_size=world_size,
@@ -95,6 +100,8 @@ def make_plan(
         decay_steps=list(schedule.decay_steps),
         weight_decay=config.optimizer.weight_decay,
         reduction=config.execution.reduction,
+        image_size=config.data.image_size if from_files else None,
+        resize_size=config.data.short_side if from_files else None,
         resize_step=resize.step if resize else None,
         warnings=_warnings(config, schedule, workers),
     )
@@ -213,6 +220,9 @@ def describe(plan: Plan) -> str:
         ("decay", decay),
         ("reduction", plan.reduction),
     ]
+    if plan.image_size is not None:
+        row = f"{plan.image_size} pixels; in validation the centre, with the short side resized to {plan.resize_size}"
+        rows.insert(3, ("image files", row))
     if plan.resize_step is not None:
         rows.append(("resized", f"this minibatch holds from step {plan.resize_step} on (batch.on_resize: rescale)"))
     width = max(len(label) for label, _ in rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -308,3 +310,37 @@ def test_one_process_makes_no_group() -> None:
     with connect(Launch(), device="cpu") as ranks:
         assert ranks == Ranks(0, 1, torch.device("cpu"), "gloo")
         assert not torch.distributed.is_initialized()
+
+
+def test_another_program_on_the_port_is_no_reason_to_wait_for_ever() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        launch = Launch(1, 2, 1, 2, "environment", f"tcp://127.0.0.1:{silent.getsockname()[1]}")
+        with (
+            pytest.raises(UserError, match=r"another program listens there|could not meet"),
+            connect(launch, device="cpu", timeout_seconds=1.0),
+        ):
+            pytest.fail("nobody can be met here")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("rack[0-3]node[0-7]", "rack0node0"),
+        ("a[1-2][3-4]", "a13"),
+        ("a[07-12,15]b,c1", "a07b"),
+        ("gpu[3],x", "gpu3"),
+    ],
+)
+def test_the_first_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_an_ipv6_address_of_slurm() -> None:
+    slurm = {
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_LOCALID": "0",
+        "MASTER_ADDR": "::1",
+    }
+    assert read_launch(slurm).init_method == "tcp://[::1]:20007"

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
+from largebatch.config import read_config
 from largebatch.configfile.loading import digest, dump_config, load_config
 from largebatch.configfile.yamlcore import write_yaml
 from largebatch.errors import ConfigError
@@ -178,9 +179,9 @@ def test_loading_needs_no_torch() -> None:
         ("Schedule: {}", "Schedule: no such key; did you mean 'schedule'?"),
         ("seed: '1'", "seed: '1' is not a whole number"),
         ("seed: true", "seed: true is not a whole number"),
-        ("seed: 1.0", "seed: 1.0 is not a whole number"),
+        ("seed: 1.5", "seed: 1.5 is not a whole number"),
         ("seed:", "seed: null is not a whole number"),
-        ("name: 3", "name: 3 is not text"),
+        ("name: 3", 'name: 3 is not text; put it in quotes: \'"3"\' on a command line, "3" in a file'),
         ("schedule: {reference_lr: 0}", "schedule.reference_lr: 0 is not greater than 0"),
         ("schedule: {reference_lr: fast}", "schedule.reference_lr: 'fast' is not a number"),
         ("schedule: {reference_lr: true}", "schedule.reference_lr: true is not a number"),
@@ -427,3 +428,38 @@ def _lines(text: str | bytes, *overrides: str) -> list[str]:
     except ConfigError as error:
         return str(error).split("\n")
     return []
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.root=/data/my set #2", "root", "/data/my set #2"),
+        ("data.root=a: b", "root", "a: b"),
+        ("data.root=~/sets", "root", str(Path.home() / "sets")),
+        ("data.train_images=1000.0", "train_images", 1000),
+        ("data.train_images=1e3", "train_images", 1000),
+        ("data.arguments={}", "arguments", {}),
+    ],
+)
+def test_an_override_means_what_it_says(tmp_path: Path, override: str, key: str, value: object) -> None:
+    (tmp_path / "c.yaml").write_text("data: {name: 'a.b:c', arguments: {x: 1.0}}\n")
+    found = getattr(read_config(tmp_path / "c.yaml", [override]).data, key)
+    assert found == value
+    assert type(found) is type(value)
+    assert read_config(tmp_path / "c.yaml").data.arguments == {"x": 1.0}
+
+
+def test_shorter_epochs_alone_shorten_warmup_and_decay(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("schedule: {epochs: 90}\n")
+    schedule = read_config(tmp_path / "c.yaml", ["schedule.epochs=9"]).schedule
+    assert (schedule.epochs, schedule.warmup.epochs, schedule.decay.epochs) == (9, 0.5, [3, 6, 8])
+    with pytest.raises(ConfigError, match=r"decay.epochs ends at 80, but training has only 9 epochs"):
+        read_config(tmp_path / "c.yaml", ["schedule.epochs=9", "schedule.warmup.epochs=1"])
+
+
+def test_resize_size_follows_image_size(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: {name: imagefolder, image_size: 64}\n")
+    assert read_config(tmp_path / "c.yaml").data.short_side == 73
+    assert read_config(tmp_path / "c.yaml", ["data.image_size=224"]).data.short_side == 256
+    with pytest.raises(ConfigError, match=r"every value must be in \[0, 1\], as of pixels divided by 255"):
+        read_config(tmp_path / "c.yaml", ["data.mean=[127.5]"])

@@ -139,6 +139,8 @@ def _problem(place: Steps, details: list[ErrorDetails], root: type[Section]) -> 
     seen = details[0]["input"]
     choices = [choice for detail in details for choice in _choices(detail)]
     hint = did_you_mean(seen, choices) if isinstance(seen, str) else ""
+    if details[0]["type"] == "string_type" and isinstance(seen, bool | int | float):
+        hint = f'; put it in quotes: \'"{seen}"\' on a command line, "{seen}" in a file'
     return f"{show(seen)} is not {' or '.join(dict.fromkeys(rules))}{hint}"
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from largebatch.configfile.explain import COMMAND_LINE, Layer, explain
-from largebatch.configfile.yamlcore import MAX_DEPTH, read_yaml, write_yaml
+from largebatch.configfile.yamlcore import MAX_DEPTH, read_plain, read_yaml, write_yaml
 from largebatch.errors import ConfigError
 from largebatch.section import Section
 from largebatch.wording import config_error, did_you_mean, show
@@ -38,7 +38,7 @@ def load_config(path: Path, overrides: Sequence[str], root: type[T]) -> T:
         merged = _merge(merged, layer.values)
     try:
         # As JSON, because YAML has JSON's types: pydantic's strict mode then takes a list for a tuple.
-        return root.model_validate_json(json.dumps(merged))
+        return root.model_validate_json(json.dumps(_with_whole_numbers(merged)))
     except ValidationError as error:
         raise ConfigError(explain(error, str(path), layers, merged, root)) from None
 
@@ -131,16 +131,34 @@ def _command_line_layer(overrides: Sequence[str]) -> Layer:
         if not equals or not all(steps) or len(steps) > MAX_DEPTH:
             raise config_error(COMMAND_LINE, f"{show(override)} is not of the form section.key=value")
         where = f"{COMMAND_LINE}: {key.strip()}"
-        value = read_yaml(text, where, if_empty="no value after '='; write null for none")
+        value = _override_value(text.strip(), where)
         for step in reversed(steps):
             value = {step: value}
         values = _merge(values, value)
     return Layer(COMMAND_LINE, values)
 
 
+def _override_value(text: str, where: str) -> Any:
+    """YAML where it is meant: text that opens no mapping, list, quotes or the like is one word, `#` and all."""
+    if not text or text[0] in "{[\"'|>&*!%@`#" or "\n" in text:
+        return read_yaml(text, where, if_empty="no value after '='; write null for none")
+    return read_plain(text, where)
+
+
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        # An empty mapping clears; otherwise nothing could take a key away.
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and value else value
     return merged
+
+
+def _with_whole_numbers(values: Any) -> Any:
+    """1000.0 and 1e3 as 1000: a field of fractions takes either, one of whole numbers only this. What goes to a user's
+    own function (`arguments`) stays as it was written."""
+    if isinstance(values, dict):
+        return {key: item if key == "arguments" else _with_whole_numbers(item) for key, item in values.items()}
+    if isinstance(values, list):
+        return [_with_whole_numbers(item) for item in values]
+    return int(values) if isinstance(values, float) and values.is_integer() else values

@@ -42,6 +42,15 @@ def read_yaml(text: str, where: str, if_empty: str) -> Any:
     raise config_error(where, f"line {line}, column {column}" if line else "", problem)
 
 
+def read_plain(text: str, where: str) -> Any:
+    """The value of `text` as one plain scalar, of which ``#`` and ``: `` are parts; raises ConfigError."""
+    tag = _Composer("").resolve(yaml.ScalarNode, text, (True, False))
+    try:
+        return _scalar(tag.rpartition(":")[2], text)
+    except ValueError as error:
+        raise config_error(where, str(error)) from None
+
+
 def write_yaml(data: Any) -> str:
     """YAML text from which ``read_yaml`` reads the same value; mappings keep their order."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)

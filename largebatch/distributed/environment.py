@@ -105,8 +105,13 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         local_rank=_number(environ, "SLURM_LOCALID"),
         local_world_size=tasks[node] if node < len(tasks) else 1,
         launcher="srun",
-        init_method=environ.get(RENDEZVOUS, f"tcp://{address}:{_port(environ, port)}"),
+        init_method=environ.get(RENDEZVOUS, f"tcp://{_in_url(address)}:{_port(environ, port)}"),
     )
+
+
+def _in_url(address: str) -> str:
+    """An IPv6 address in brackets, which set it off from the port."""
+    return f"[{address}]" if ":" in address and not address.startswith("[") else address
 
 
 def tasks_by_node(text: str) -> list[int]:
@@ -121,12 +126,11 @@ def tasks_by_node(text: str) -> list[int]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: ``gpu[03-07,9],login1`` gives ``gpu03``. Raises UserError."""
-    match = re.match(r"([^\[\],\s]+)(?:\[(\d+)[^\]]*\]([^\[\],\s]*))?", nodelist)
+    """The first name of a Slurm node list: ``rack[0-3]node[07-9],login1`` gives ``rack0node07``. Raises UserError."""
+    match = re.match(r"(?!\[)(?:[^\[\],\s]|\[\d[^\]]*\])+", nodelist)
     if not match:
         raise UserError(f"SLURM_STEP_NODELIST is {nodelist!r}, which names no host; start with srun or torchrun")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + (suffix or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import queue
+import threading
 import time
 import uuid
 from typing import NoReturn
@@ -16,6 +18,7 @@ from largebatch.errors import UserError
 
 _POLL_SECONDS = 0.05
 _LINGER_SECONDS = 10.0
+_OWN_MESSAGE_SECONDS = 5.0  # torch's own, where it has one, says more
 
 
 def open_store(init_method: str, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
@@ -32,7 +35,34 @@ def open_store(init_method: str, rank: int, world_size: int, timeout: datetime.t
     if host is None or port is None:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=timeout))
         return store
-    return dist.TCPStore(host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    return _tcp_store(host, port, rank, timeout)
+
+
+def _tcp_store(host: str, port: int, rank: int, timeout: datetime.timedelta) -> dist.Store:
+    """Raises UserError where what listens there is no store: torch would wait for its answer for ever."""
+    outcome: queue.Queue[dist.Store | Exception] = queue.Queue()
+
+    def make() -> None:
+        try:
+            outcome.put(
+                dist.TCPStore(
+                    host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True
+                )
+            )
+        except Exception as error:  # handed to the thread that waits
+            outcome.put(error)
+
+    threading.Thread(target=make, name="store", daemon=True).start()
+    try:
+        made = outcome.get(timeout=timeout.total_seconds() + _OWN_MESSAGE_SECONDS)
+    except queue.Empty:
+        raise UserError(
+            f"{host}:{port} did not answer as rank 0 would within {timeout.total_seconds() / 60:g} minutes "
+            "(execution.timeout_minutes); if another program listens there, choose another MASTER_PORT"
+        ) from None
+    if isinstance(made, Exception):
+        raise made
+    return made
 
 
 def under_agent() -> bool:
