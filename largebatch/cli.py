@@ -74,26 +74,37 @@ def train(
     from largebatch.run import train as run_training
 
     folder = run_dir or Path("runs") / config.stem
+    if overrides and (folder / "config.yaml").resolve() == config.resolve():
+        raise UserError(
+            f"--run-dir: {folder}/config.yaml is the config that is given, and would be overwritten with the overrides "
+            f"({' '.join(overrides)}); write them into it, or give another folder"
+        )
     launch = read_launch()
     summary = run_training(loaded, folder, name=config.stem, resume=resume, launch=launch)
     if launch.rank == 0:
         print(
             f"finished: top-1 error {summary['top1_error']:.2f} % (median of the last 5 evaluations "
             f"{summary['top1_error_median_last5']:.2f} %), {summary['steps']} steps, {summary['seconds']:.0f} s, "
-            f"{summary['images_per_second']:.0f} images/s; see {folder}"
+            f"{summary['images_per_second']:.0f} images/s{_left_out(summary)}; see {folder}"
         )
+
+
+def _left_out(summary: dict[str, Any]) -> str:
+    skipped = summary.get("skipped_steps", 0)
+    return f"; {skipped} updates were left out" if skipped else ""
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    overrides: Overrides = None,
 ) -> None:
-    """Evaluate a run's model.pt on all validation images, exactly, on any number of ranks."""
+    """Evaluate a run's model.pt, or its newest checkpoint, on all validation images: exact on any number of ranks."""
     from largebatch.distributed.environment import read_launch
     from largebatch.run import evaluate_run
 
     launch = read_launch()
-    result = evaluate_run(run, launch)
+    result = evaluate_run(run, overrides or [], launch)
     if launch.rank == 0:
         print(json.dumps(result))
 

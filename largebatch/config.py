@@ -35,6 +35,7 @@ _FREE_ON_RESUME = (
     "data.loader_processes",
     "data.prefetch",
     "data.on_error",
+    "data.on_change",
     "execution.device",
     "execution.backend",
     "execution.bucket_mb",

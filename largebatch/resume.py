@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from largebatch.config import Config
+from largebatch.data.source import changes
 from largebatch.errors import UserError
 from largebatch.plan import Plan, make_order, run_schedule
 from largebatch.recipe.order import EpochOrder
@@ -11,7 +14,12 @@ from largebatch.training.checkpoint import TrainState
 
 
 def go_on(
-    config: Config, state: TrainState | None, *, world_size: int, train_images: int
+    config: Config,
+    state: TrainState | None,
+    *,
+    world_size: int,
+    train_images: int,
+    data: dict[str, dict[str, Any]],
 ) -> tuple[Config, Resize | None]:
     """The config, with the k that holds from here on, and the newest resize, of a run that goes on from `state`.
 
@@ -24,6 +32,8 @@ def go_on(
     resize = Resize(**state.resize) if state.resize else None
     if resize is not None:
         config = config.with_workers(resize.virtual_workers)
+    if config.data.on_change == "refuse":
+        check_data(state.data, data)
     order = make_order(config, train_images, resize)
     _check_order(order, state)
     if config.batch.on_resize == "rescale" and state.world_size != world_size:
@@ -31,6 +41,17 @@ def go_on(
         resize = make_resize(order, run_schedule(config, order, resize), state.step, workers)
         config = config.with_workers(workers)
     return config, resize
+
+
+def check_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError if what `describe` says `now` of a part is not what it said `before`."""
+    found = [text for part in now if part in before and (text := changes(before[part], now[part], part))]
+    if found:
+        raise UserError(
+            f"data.root: {'; '.join(found)}. The run was trained on the data as they were: put them back (to leave out "
+            "a damaged file, keep it and set data.on_error=skip), start anew in another folder, or set "
+            "data.on_change=accept"
+        )
 
 
 def _rescaled(config: Config, old_ranks: int, new_ranks: int) -> int:

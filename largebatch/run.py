@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
+import logging
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from largebatch.config import Config, differences, read_config
-from largebatch.configfile.loading import digest, dump_config
+from largebatch.config import Config
+from largebatch.configfile.loading import digest
 from largebatch.data.catalog import facts
 from largebatch.data.load import load
 from largebatch.data.source import ImageSource
+from largebatch.data.source import describe as describe_data
 from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.roll_call import name_lost_ranks
-from largebatch.errors import CheckpointError, ConfigError, DataError, UserError
+from largebatch.errors import ConfigError, HealthError, UserError
 from largebatch.models.build import build
 from largebatch.models.compiled import compile_regions
 from largebatch.plan import Plan, describe, make_order, make_plan, run_schedule
 from largebatch.recipe.batch import deal_equally
 from largebatch.recipe.resize import Resize
-from largebatch.report.environment import code_digest, describe_environment
-from largebatch.report.files import write_bytes_atomically, write_json_atomically, write_text_atomically
-from largebatch.report.lock import hold_folder
-from largebatch.report.metrics import TENSORBOARD_FOLDER, MetricsWriter, open_writers
-from largebatch.report.plots import draw_curves
+from largebatch.report.environment import code_digest
+from largebatch.report.metrics import MetricsWriter, open_writers
 from largebatch.report.progress import open_progress
-from largebatch.resume import describe_resize, go_on
-from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
+from largebatch.resume import check_data, describe_resize, go_on
+from largebatch.runfolder import RunFolder
+from largebatch.training.checkpoint import CheckpointFolder, deserialise
 from largebatch.training.evaluation import evaluate
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
@@ -42,16 +39,8 @@ from largebatch.training.preemption import StopRequest, stop_on_signals
 from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
 
-_OWN_FILES = (
-    "plan.json",
-    "environment.json",
-    "metrics.jsonl",
-    "summary.json",
-    "curves.png",
-    "model.pt",
-    "config.yaml",
-)
-_CHECKPOINTS = "checkpoints"
+_log = logging.getLogger(__name__)
+DATA_PARTS = ("training set", "validation set")
 
 
 def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch) -> dict[str, Any]:
@@ -60,7 +49,8 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
     `resume` "auto" goes on from what the folder holds; "never" starts anew. Raises UserError for bad input,
     before any process group exists where it can be told without the others, and HealthError.
     """
-    _check_before_start(config, run_dir, resume, launch)
+    folder = RunFolder(run_dir)
+    _check_before_start(config, folder, resume, launch)
     agent = os.getppid() if launch.launcher == "torchrun" else None
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(
@@ -79,8 +69,8 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
             {"config": digest(config), "code of largebatch": code_digest(), "version of torch": torch.__version__},
             ranks,
         )
-        finished = ranks.from_main(lambda: _open_folder(run_dir, resume, stack))
-        return finished or _train_connected(config, run_dir, name, ranks, stop_request)
+        finished = ranks.from_main(lambda: folder.open(stack, anew=resume == "never"))
+        return finished or _train_connected(config, folder, name, ranks, stop_request)
 
 
 def check_alike(own: dict[str, str], ranks: Ranks) -> None:
@@ -96,94 +86,29 @@ def check_alike(own: dict[str, str], ranks: Ranks) -> None:
             )
 
 
-def _check_before_start(config: Config, run_dir: Path, resume: str, launch: Launch) -> None:
+def _check_before_start(config: Config, folder: RunFolder, resume: str, launch: Launch) -> None:
     """Every error that can be found without data, device or the other ranks."""
     known = facts(config.data)
     if known is not None:
         make_order(config, known.train_images)
-    # os.path's, because Path's raise where a name is too long, say.
-    if os.path.exists(run_dir) and not os.path.isdir(run_dir):
-        raise UserError(f"--run-dir: {run_dir} is a file; give a folder")
+    folder.check_is_folder()
     if resume == "auto":
-        _check_same_config(config, run_dir)
-    if resume == "never" or not _has_checkpoints(run_dir):  # else k may have been rescaled
+        folder.check_config(config)
+    if resume == "never" or not folder.has_checkpoints:  # else k may have been rescaled
         deal_equally(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
 
 
-def _has_checkpoints(run_dir: Path) -> bool:
-    checkpoints = run_dir / _CHECKPOINTS
-    return os.path.isdir(checkpoints) and bool(os.listdir(checkpoints))
-
-
-def _check_same_config(config: Config, run_dir: Path) -> None:
-    """Raise UserError unless what `run_dir` holds was trained with `config`."""
-    saved = run_dir / "config.yaml"
-    if not os.path.exists(saved):
-        if _has_checkpoints(run_dir):
-            raise UserError(
-                f"--run-dir: {run_dir} holds checkpoints but no config.yaml that says of what; choose another folder, "
-                "or start anew with --resume never (which deletes them)"
-            )
-        return
-    changed = differences(read_config(saved), config)
-    if changed:
-        raise ConfigError(
-            f"--run-dir: {run_dir} holds a run of another config; choose another folder, or start anew with "
-            "--resume never (which deletes it):\n" + "\n".join(f"  {line}" for line in changed)
-        )
-
-
-def _open_folder(run_dir: Path, resume: str, stack: contextlib.ExitStack) -> dict[str, Any] | None:
-    """Make the run folder, emptied of an earlier run if `resume` is "never"; the summary of a finished run.
-
-    No other process trains in it until `stack` is left.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-        stack.enter_context(hold_folder(run_dir))
-        if resume == "never":
-            _clear(run_dir)
-    except OSError as error:
-        raise UserError(
-            f"--run-dir: {error.filename}: {error.strerror}; give a folder that can be made and written"
-        ) from error
-    return _finished(run_dir)
-
-
-def _finished(run_dir: Path) -> dict[str, Any] | None:
-    """The summary, which is written last, of a run that has come to its end."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not (run_dir / "model.pt").exists():
-        return None
-    print(f"{run_dir} holds this run, finished; nothing is left to do (--resume never starts it anew)", flush=True)
-    return summary
-
-
-def _clear(run_dir: Path) -> None:
-    """Delete the files of an earlier run, and nothing else."""
-    for name in _OWN_FILES:
-        (run_dir / name).unlink(missing_ok=True)
-    CheckpointFolder(run_dir / _CHECKPOINTS, keep=1).clear()
-    for events in (run_dir / TENSORBOARD_FOLDER).glob("events.out.tfevents.*"):
-        events.unlink()
-
-
 def _train_connected(
-    config: Config, run_dir: Path, name: str, ranks: Ranks, stop_request: StopRequest
+    config: Config, folder: RunFolder, name: str, ranks: Ranks, stop_request: StopRequest
 ) -> dict[str, Any]:
     sources = load(config.data, seed=config.seed, device=ranks.device)
-    train, validation = (source.fingerprint() for source in sources)
-    check_alike({"training set": train, "validation set": validation}, ranks)
-    checkpoints = CheckpointFolder(run_dir / _CHECKPOINTS, keep=config.checkpoint.keep)
+    seen = {part: describe_data(source) for part, source in zip(DATA_PARTS, sources, strict=True)}
+    check_alike({part: found["fingerprint"] for part, found in seen.items()}, ranks)
+    checkpoints = folder.checkpoints(keep=config.checkpoint.keep)
     data = ranks.broadcast(checkpoints.newest(_warn) if ranks.is_main else None)
     state = None if data is None else deserialise(data, ranks.device)
     images = sources[0].images
-    current, resize = go_on(config, state, world_size=ranks.world_size, train_images=images)
+    current, resize = go_on(config, state, world_size=ranks.world_size, train_images=images, data=seen)
     plan = make_plan(
         current,
         name=name,
@@ -193,13 +118,13 @@ def _train_connected(
         resize=resize,
     )
     trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize)
-    trainer.stop_request = stop_request
+    trainer.stop_request, trainer.data = stop_request, seen
     if state is not None:
         trainer.restore(state)
     first_step = trainer.step + 1 if data is not None else 0
-    ranks.from_main(lambda: _write_start(config, plan, run_dir))
+    ranks.from_main(lambda: folder.write_start(config, plan, sources, seen))
     total, done = trainer.schedule.total_steps, trainer.step
-    writer = _open_writer(run_dir, ranks, first_step)
+    writer = _open_writer(folder, ranks, first_step)
     try:
         with open_progress(is_main=ranks.is_main, total_steps=total, steps_done=done) as progress:
             progress.note(describe(plan))
@@ -214,42 +139,23 @@ def _train_connected(
     finally:
         with contextlib.suppress(OSError):  # told already, by the write that failed
             writer.close()
-    return _finish(trainer, run_dir, ranks)
+    return _finish(trainer, folder, ranks)
 
 
-def _open_writer(run_dir: Path, ranks: Ranks, first_step: int) -> MetricsWriter:
+def _open_writer(folder: RunFolder, ranks: Ranks, first_step: int) -> MetricsWriter:
     """What takes this rank's records; what goes wrong with the files is raised on all ranks."""
     opened: list[MetricsWriter] = []
 
     def open_files() -> None:
-        with _writing(run_dir):
-            opened.append(open_writers(run_dir, is_main=True, first_step=first_step))
+        with folder.writing():
+            opened.append(open_writers(folder.path, is_main=True, first_step=first_step))
 
     ranks.from_main(open_files)
-    return opened[0] if opened else open_writers(run_dir, is_main=False, first_step=first_step)
+    return opened[0] if opened else open_writers(folder.path, is_main=False, first_step=first_step)
 
 
 def _warn(text: str) -> None:
     print(f"warning: {text}", flush=True)
-
-
-@contextlib.contextmanager
-def _writing(run_dir: Path) -> Iterator[None]:
-    """Inside, a file that cannot be written is told to the user."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"--run-dir: {error.filename or run_dir}: {error.strerror}; make room or mend the folder, then start the "
-            "same command again"
-        ) from error
-
-
-def _write_start(config: Config, plan: Plan, run_dir: Path) -> None:
-    with _writing(run_dir):
-        write_text_atomically(run_dir / "config.yaml", dump_config(config))
-        write_json_atomically(run_dir / "plan.json", plan.as_dict())
-        write_json_atomically(run_dir / "environment.json", describe_environment())
 
 
 def build_model(config: Config, source: ImageSource, ranks: Ranks) -> nn.Module:
@@ -315,8 +221,11 @@ def make_trainer(
     )
 
 
-def _finish(trainer: Trainer, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
-    """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end."""
+def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
+    """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end.
+
+    Raises HealthError, after that, if more than half of its updates were left out.
+    """
     with trainer.evaluation_statistics():
         # A copy: the statistics that evaluation used are in the buffers here only.
         weights = {
@@ -324,27 +233,28 @@ def _finish(trainer: Trainer, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
             for key, value in trainer.virtual.model.state_dict().items()
         }
     summary = trainer.summary()
-    ranks.from_main(lambda: _write_end(weights, summary, run_dir))
+    ranks.from_main(lambda: folder.write_end(weights, summary, warn=_warn))
+    if 2 * trainer.skipped_steps > trainer.step:
+        raise HealthError(
+            f"{trainer.skipped_steps} of {trainer.step} updates were left out, since they were not finite: this run "
+            "has not trained as its recipe says. Lower schedule.reference_lr, warm up longer, or look at the images"
+        )
     return summary
 
 
-def _write_end(weights: dict[str, torch.Tensor], summary: dict[str, Any], run_dir: Path) -> None:
-    with _writing(run_dir):
-        buffer = io.BytesIO()  # torch's own writer has its own errors for a disk that is full
-        torch.save(weights, buffer)
-        write_bytes_atomically(run_dir / "model.pt", buffer.getvalue())
-        draw_curves(run_dir)
-        write_json_atomically(run_dir / "summary.json", summary)
+def evaluate_run(run_dir: Path, overrides: Sequence[str], launch: Launch) -> dict[str, float]:
+    """Evaluate a run's `model.pt`, or the newest checkpoint of an unfinished one, as the run itself did.
 
-
-def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
-    """Evaluate a finished run's `model.pt` as the run itself did. Raises UserError if there is none."""
-    if not os.path.isfile(run_dir / "model.pt"):
-        raise UserError(
-            f"{run_dir}: no model.pt here; give the folder of a run that has finished (the command that started a run "
-            "goes on with it)"
-        )
-    config = read_config(run_dir / "config.yaml")
+    `overrides` may change what does not belong to the training: data, execution and evaluation (files that have moved,
+    another device). Raises UserError if there is nothing to evaluate, or if the data are not those of the run.
+    """
+    folder = RunFolder(run_dir)
+    for override in overrides:
+        if override.partition(".")[0] not in ("data", "execution", "evaluation"):
+            raise UserError(
+                f"{override}: evaluate takes overrides of data, execution and evaluation; the rest is the run's"
+            )
+    config = folder.read_config(overrides)
     execution = config.execution
     with (
         connect(
@@ -357,8 +267,10 @@ def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
         name_lost_ranks(ranks),
     ):
         _, validation = load(config.data, seed=config.seed, device=ranks.device)
+        if config.data.on_change == "refuse":
+            check_data(folder.data(), {DATA_PARTS[1]: describe_data(validation)})
         model = build_model(config, validation, ranks)
-        _load_weights(model, run_dir / "model.pt", ranks.device)
+        folder.load_weights(model, ranks.device, warn=_log.warning if ranks.is_main else _log.debug)
         return evaluate(
             model,
             validation,
@@ -367,12 +279,3 @@ def evaluate_run(run_dir: Path, launch: Launch) -> dict[str, float]:
             autocast=make_autocast(execution.precision, ranks.device),
             memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format,
         )
-
-
-def _load_weights(model: nn.Module, path: Path, device: torch.device) -> None:
-    with path.open("rb") as file:
-        weights = load_tensors(file, device, name=str(path))
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise DataError(f"{path}: not the weights of this run's model: {error}") from error

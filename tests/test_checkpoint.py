@@ -252,6 +252,8 @@ def state() -> TrainState:
         step=7,
         images_consumed=70,
         order_fingerprint="ab",
+        data={"training set": {"images": 7, "class_names": ["a", "b"], "fingerprint": "cd"}},
+        skipped_steps=1,
         world_size=2,
         resize=None,
         model=model.state_dict(),

@@ -21,7 +21,7 @@ IMAGENET = str(ROOT / "configs/imagenet_resnet50_8k.yaml")
 # What scripts rely on: these stay. Commands may be added.
 FROZEN = {
     "train": {"CONFIG", "[section.key=value]...", "--run-dir", "--resume"},
-    "evaluate": {"RUN"},
+    "evaluate": {"RUN", "[section.key=value]..."},
     "plan": {"[CONFIG]", "[section.key=value]...", "--ranks", "--json", "--from"},
     "config show": {"CONFIG", "[section.key=value]..."},
     "config schema": set(),

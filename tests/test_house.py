@@ -16,6 +16,7 @@ STOREYS = [
     {"cli", "__main__"},
     {"benchmark", "doctor", "reproduce"},
     {"run"},
+    {"runfolder"},
     {"resume"},
     {"plan"},
     {"config"},
@@ -27,7 +28,7 @@ STOREYS = [
 ]
 # largebatch/__init__.py is the front door: it hands out names of many parts, when they are asked for.
 FRONT_DOOR = "__init__"
-SPEAKERS = {"cli.py", "run.py", "benchmark/command.py", "reproduce/command.py", "report/progress.py"}
+SPEAKERS = {"cli.py", "run.py", "runfolder.py", "benchmark/command.py", "reproduce/command.py", "report/progress.py"}
 MODULES = sorted(HOUSE.rglob("*.py"))
 LONGEST_FUNCTION = 70  # lines
 

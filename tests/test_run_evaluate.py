@@ -71,8 +71,6 @@ def _transpose(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: path.unlink(), "no model.pt here"),
-    "a_folder": (lambda path: (path.unlink(), path.mkdir()), "no model.pt here"),
     "empty": (lambda path: path.write_bytes(b""), "model.pt: damaged"),
     "garbage": (lambda path: path.write_bytes(b"\x80\x02garbage" * 99), "model.pt: damaged"),
     "truncated": (_truncate, "model.pt: damaged"),
@@ -106,8 +104,82 @@ def test_a_damaged_config_is_refused(run_dir: Path, text: str | None) -> None:
     assert "Traceback" not in outcome.err
 
 
-def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_has_not_begun_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     outcome = call("evaluate", tmp_path)
     assert outcome.status == 2
-    assert "a run that has finished" in outcome.err
+    assert "no model.pt here, and no checkpoint" in outcome.err
+
+
+def test_an_unfinished_run_is_evaluated_by_its_newest_checkpoint(run_dir: Path) -> None:
+    (run_dir / "model.pt").unlink()
+    outcome = call("evaluate", run_dir, "evaluation.images_per_batch=7")
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["val/top1_error"] == summary(run_dir)["top1_error"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("schedule.epochs=3", "evaluate takes overrides of data, execution and evaluation"),
+        ("data.val_images=50", "data.root: the validation set had 101 images, now 50"),
+        ("data.name=mnist", "MNIST"),
+    ],
+)
+def test_what_is_not_the_run_s_own_is_refused(run_dir: Path, override: str, said: str) -> None:
+    outcome = call("evaluate", run_dir, override)
+    assert outcome.status == 2
+    assert said.lower() in outcome.err.lower()
+    assert "Traceback" not in outcome.err
+
+
+def test_other_data_are_refused_on_resume_and_in_evaluation(folder: Path) -> None:
+    run = folder / "run"
+    command = ("train", folder / "config.yaml", "--run-dir", run, "schedule.epochs=2", "checkpoint.every_steps=1")
+    assert call(*command).status == 0
+    for name in ("summary.json", "model.pt"):
+        (run / name).unlink()
+    (folder / "set/val/cat").rename(folder / "set/val/cow")
+    (folder / "set/train/cat").rename(folder / "set/train/cow")
+    renamed = "other classes: number 0 was 'cat', now 'cow'"
+    for said, again in ((renamed, command), (renamed, ("evaluate", run))):
+        outcome = call(*again)
+        assert outcome.status == 2, outcome.err
+        assert said in outcome.err
+    assert call("evaluate", run, "data.on_change=accept").status == 0
+    (folder / "set/val/cow").rename(folder / "set/val/cat")
+    (folder / "set/train/cow").rename(folder / "set/train/cat")
+    image = folder / "set/train/cat/0.jpg"
+    image.write_bytes(image.read_bytes() + b" ")
+    outcome = call(*command)
+    assert "files of the training set have other names or sizes" in outcome.err
+    assert "data.on_change=accept" in outcome.err
+    assert call(*command, "data.on_change=accept").status == 0
+
+
+def test_what_a_run_folder_says_is_enough_to_use_the_weights_in_plain_torch(folder: Path) -> None:
+    """The lines that the README shows."""
+    command = ["train", folder / "config.yaml", "--run-dir", folder / "run", "model.name=resnet18"]
+    assert call(*command).status == 0
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = "#" + readme.split("```python\n# predict:")[1].split("```")[0]
+    scope: dict[str, Any] = {"run": str(folder / "run"), "image_file": str(folder / "set/val/dog/1.jpg")}
+    exec(code, scope)
+    assert scope["name"] in ("cat", "dog")
+
+
+def test_the_users_own_files_in_a_run_folder_stay(folder: Path) -> None:
+    run = folder / "run"
+    (run / "real").mkdir(parents=True)
+    (run / "tensorboard").symlink_to(run / "real")
+    (run / "real/notes.txt").write_text("mine")
+    text = "# my own comment\n" + (folder / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text)
+    assert call("train", run / "config.yaml", "--run-dir", run).status == 0
+    assert call("train", run / "config.yaml", "--run-dir", run, "--resume", "never").status == 0
+    assert (run / "config.yaml").read_text() == text
+    assert (run / "real/notes.txt").read_text() == "mine"
+    outcome = call("train", run / "config.yaml", "seed=3", "--run-dir", run, "--resume", "never")
+    assert outcome.status == 2
+    assert "is the config that is given, and would be overwritten" in outcome.err
+    assert (run / "config.yaml").read_text() == text

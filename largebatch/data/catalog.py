@@ -22,6 +22,28 @@ class SetFacts:
     std: tuple[float, ...]
 
 
+_NAMES = {
+    "fashion-mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+
+
+def class_names_of(settings: DataSettings) -> tuple[str, ...]:
+    """The classes of a known set; empty where they are numbers."""
+    return _NAMES.get(settings.name, ())
+
+
 _KNOWN = {
     "fashion-mnist": SetFacts(60_000, 10_000, 10, (1, 28, 28), (0.2860,), (0.3530,)),
     "mnist": SetFacts(60_000, 10_000, 10, (1, 28, 28), (0.1307,), (0.3081,)),

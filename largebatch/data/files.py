@@ -44,6 +44,7 @@ class Pictures(Protocol):
     """Numbered pictures with labels; pickled to the loader processes."""
 
     classes: int
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -70,7 +71,7 @@ class FolderPictures:
         labels = np.repeat(np.arange(len(classes)), [len(found) for found in names])
         count = min(limit or len(files), len(files))
         chosen = np.arange(count) * len(files) // count
-        self.classes = len(classes)
+        self.classes, self.class_names = len(classes), tuple(classes)
         self._folder = str(folder)
         self._files, self._labels = np.array(files)[chosen], labels[chosen]
 
@@ -99,6 +100,8 @@ class DatasetPictures:
         if len(dataset) == 0:
             raise DataError(f"{where}: the dataset has no images")
         self.classes = classes
+        names = getattr(dataset, "classes", ())
+        self.class_names = tuple(map(str, names if len(names) == classes else range(classes)))
         self._dataset, self._where = dataset, where
         self._count = min(limit or len(dataset), len(dataset))
 
@@ -216,6 +219,7 @@ class PictureSource:
         self._leaves_out = leaves_out
         self._kept: tuple[_Passes, DataLoader] | None = None
         self.images, self.classes = len(pictures), pictures.classes
+        self.class_names, self.mean, self.std = pictures.class_names, tuple(mean), tuple(std)
         self.shape = (3, settings.image_size, settings.image_size)
         self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
         self._normalise = Normalise(mean, std, self.shape, device)

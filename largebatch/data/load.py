@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from largebatch.data.catalog import IMAGENET_MEAN, IMAGENET_STD, normalisation, whole_set
+from largebatch.data.catalog import IMAGENET_MEAN, IMAGENET_STD, class_names_of, normalisation, whole_set
 from largebatch.data.files import DatasetPictures, FolderPictures, Pictures, PictureSource, class_names
 from largebatch.data.known import Split, read_known
 from largebatch.data.memory import MemorySource
@@ -61,6 +61,7 @@ def _in_memory(
             images,
             labels,
             classes=classes,
+            class_names=class_names_of(settings),
             mean=mean,
             std=std,
             padding=padding,

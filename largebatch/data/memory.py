@@ -27,6 +27,7 @@ class MemorySource:
         labels: Tensor,
         *,
         classes: int,
+        class_names: Sequence[str] = (),
         mean: Sequence[float],
         std: Sequence[float],
         padding: int = 0,
@@ -38,6 +39,8 @@ class MemorySource:
         count, channels, height, width = images.shape
         self.images = count
         self.classes = classes
+        self.class_names = tuple(class_names) or tuple(map(str, range(classes)))
+        self.mean, self.std = tuple(mean), tuple(std)
         self.shape = (channels, height, width)
         self.skipped, self.leaves_out = 0, False
         self.labels = labels.to(device, torch.int64)

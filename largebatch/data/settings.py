@@ -99,6 +99,10 @@ class DataSettings(Section):
     """Pictures from files that cannot be read: `stop`, naming the file; or `skip`, which takes the next good
     picture in its place (the same on any number of ranks), names each file once and counts."""
 
+    on_change: Literal["refuse", "accept"] = "refuse"
+    """When a run is resumed or evaluated on other data than it was trained on (classes, file names or sizes): refuse,
+    or accept, knowing that its figures are not comparable."""
+
     train_images: PositiveInt | None = None
     """Use only this many training images, for a quick run: the first ones, or, of a folder (whose
     files are sorted by class), evenly spread ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +27,12 @@ class ImageSource(Protocol):
 
     images: int
     classes: int
+    class_names: tuple[str, ...]
+    """What each output of a model means, in order."""
     shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Of each channel in [0, 1], as images are normalised by."""
     leaves_out: bool
     """Whether an image that cannot be read is left out of its pass (a validation set, `data.on_error: skip`)."""
     skipped: int
@@ -44,3 +49,22 @@ class ImageSource(Protocol):
         Closing the iterator stops the loader processes. Raises DataError, naming the file.
         """
         ...
+
+
+def describe(source: ImageSource) -> dict[str, Any]:
+    """What tells a data set from another: plain values for checkpoints and run folders."""
+    return {"images": source.images, "class_names": list(source.class_names), "fingerprint": source.fingerprint()}
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], part: str) -> str:
+    """What is different about the `part` that `describe` described twice, in words; empty if nothing is."""
+    if before["class_names"] != now["class_names"]:
+        old, new = before["class_names"], now["class_names"]
+        odd = next(
+            (i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
+        )
+        names = [repr(names[odd]) if odd < len(names) else "none" for names in (old, new)]
+        return f"the {part} has other classes: number {odd} was {names[0]}, now {names[1]}"
+    if before["images"] != now["images"]:
+        return f"the {part} had {before['images']} images, now {now['images']}"
+    return f"files of the {part} have other names or sizes" if before["fingerprint"] != now["fingerprint"] else ""

@@ -2,17 +2,17 @@
 
 A record is a flat dict with ``step`` (the number of updates done when it was written), ``epoch``, and any of
 ``train/loss, train/top1_error, lr, global_batch, images_per_second, data_wait, compute, slowest_rank, slowdown,
-skipped_steps, gradient_noise_scale (images), gradient_noise, gradient_squared_norm,
-val/loss, val/top1_error, val/top5_error``.
+skipped_steps, overflowed_steps, skipped_images, gradient_noise_scale (images), gradient_noise, gradient_squared_norm,
+val/loss, val/top1_error, val/top5_error, val/skipped_images``.
 ``metrics.jsonl`` is the truth: after a stop it is cut back to the checkpoint, and ``tensorboard/`` is rebuilt
 from what is left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from largebatch.report.files import write_text_atomically
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _NOT_A_SCALAR = ("step", "time")
+_OWN_EVENTS = ".largebatch"  # ends the names of our event files
 
 
 class MetricsWriter(Protocol):
@@ -117,6 +118,13 @@ def _parse(line: str, place: str) -> dict[str, Any]:
     return record
 
 
+def clear_tensorboard(folder: Path) -> None:
+    """Remove our own event files from `folder`; what else lies there is somebody else's."""
+    for events in folder.glob(f"events.out.tfevents.*{_OWN_EVENTS}"):
+        with contextlib.suppress(OSError):  # a file system may keep one that a viewer still reads
+            events.unlink()
+
+
 def _rebuild_tensorboard(folder: Path, records: list[dict[str, Any]]) -> Any:
     """A SummaryWriter on ``folder``, which holds the scalars of ``records`` and nothing else.
 
@@ -125,9 +133,8 @@ def _rebuild_tensorboard(folder: Path, records: list[dict[str, Any]]) -> Any:
     # Takes a second to import, so only the process that writes pays for it.
     from torch.utils.tensorboard import SummaryWriter
 
-    if folder.exists():
-        shutil.rmtree(folder)
-    writer = SummaryWriter(str(folder))
+    clear_tensorboard(folder)
+    writer = SummaryWriter(str(folder), filename_suffix=_OWN_EVENTS)
     for record in records:
         _add_scalars(writer, record)
     return writer

@@ -30,6 +30,10 @@ class TrainState:
     images_consumed: int
     order_fingerprint: str
     """Hash of the shuffle of the epoch that `step` stands in."""
+    data: dict[str, dict[str, Any]]
+    """What it was trained on (`largebatch.data.source.describe`), by part."""
+    skipped_steps: int
+    """Updates left out so far."""
     world_size: int
     """Ranks that trained up to here."""
     resize: dict[str, Any] | None

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,10 @@ class Trainer:
     checkpoints: CheckpointFolder
     stop_request: StopRequest = field(default_factory=StopRequest)
     """Raised by a signal: the ranks then stop together after a step, with a checkpoint."""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the sources hold, for a later resume to compare."""
+    skipped_steps: int = 0
+    """Updates left out so far, since they were not finite or not exact."""
     resize: Resize | None = None
     """The newest change of the minibatch (`batch.on_resize: rescale`), which `order` and `schedule` follow."""
     loss_factor: float = 1.0
@@ -115,6 +120,8 @@ class Trainer:
             step=self.step,
             images_consumed=self.order.images_consumed(self.step),
             order_fingerprint=self.order.fingerprint(self.order.epoch_of(self.step)),
+            data=self.data,
+            skipped_steps=self.skipped_steps,
             world_size=self.ranks.world_size,
             resize=asdict(self.resize) if self.resize else None,
             model=self.virtual.model.state_dict(),
@@ -139,7 +146,7 @@ class Trainer:
         self.loss_scale.load_state_dict(state.loss_scale)
         if self.resize is None or self.resize.step != state.step:
             self._interval = Interval(**state.interval)  # else its steps had another minibatch
-        self.step = state.step
+        self.step, self.skipped_steps = state.step, state.skipped_steps
         self.recent_top1_errors = state.recent_top1_errors
         self.last_validation = state.last_validation
         self.seconds, self.train_seconds = state.seconds, state.train_seconds
@@ -255,6 +262,7 @@ class Trainer:
         (loss,), (wrong,) = interval.read("loss"), interval.read("wrong")
         (skipped,), (overflowed,) = interval.read("skipped"), interval.read("overflowed")
         counted = interval.steps - int(skipped + overflowed)
+        self.skipped_steps += int(skipped + overflowed)
         images = counted * self.order.global_batch
         timing = clock.read(batches.waited)
         compute, straggler = self._stragglers.compare(self.virtual.own_compute.read() / timing.steps)
@@ -404,6 +412,7 @@ class Trainer:
             "global_batch": self.order.global_batch,
             "peak_lr": self.schedule.peak_lr,
             **({"skipped_images": int(skipped)} if skipped else {}),
+            **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
         }
 
 

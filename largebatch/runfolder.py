@@ -1,0 +1,194 @@
+"""The folder of a run: its files, who may write in it, and what is left there of an earlier run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch.config import Config, differences, read_config
+from largebatch.configfile.loading import dump_config
+from largebatch.data.source import ImageSource
+from largebatch.errors import CheckpointError, ConfigError, DataError, UserError
+from largebatch.plan import Plan
+from largebatch.report.environment import describe_environment
+from largebatch.report.files import write_bytes_atomically, write_json_atomically, write_text_atomically
+from largebatch.report.lock import hold_folder
+from largebatch.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER, clear_tensorboard
+from largebatch.report.plots import CURVES_FILE, draw_curves
+from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
+
+
+class RunFolder:
+    """Names others rely on: `config.yaml`, `plan.json`, `environment.json`, `inference.json`, `metrics.jsonl`,
+    `tensorboard/`, `checkpoints/`, `summary.json`, `curves.png` and `model.pt`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._config, self._model = path / "config.yaml", path / "model.pt"
+        self._summary, self._inference = path / "summary.json", path / "inference.json"
+        self._checkpoints = path / "checkpoints"
+
+    def checkpoints(self, *, keep: int = 1) -> CheckpointFolder:
+        return CheckpointFolder(self._checkpoints, keep=keep)
+
+    @property
+    def has_checkpoints(self) -> bool:
+        # os.path's, because Path's raise where a name is too long, say.
+        return os.path.isdir(self._checkpoints) and bool(os.listdir(self._checkpoints))
+
+    def check_is_folder(self) -> None:
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise UserError(f"--run-dir: {self.path} is a file; give a folder")
+
+    def check_config(self, config: Config) -> None:
+        """Raise UserError unless what is here was trained with `config`."""
+        if not os.path.exists(self._config):
+            if self.has_checkpoints:
+                raise UserError(
+                    f"--run-dir: {self.path} holds checkpoints but no config.yaml that says of what; choose another "
+                    "folder, or start anew with --resume never (which deletes them)"
+                )
+            return
+        changed = differences(read_config(self._config), config)
+        if changed:
+            longer = any(line.startswith("schedule.epochs:") for line in changed)
+            raise ConfigError(
+                f"--run-dir: {self.path} holds a run of another config; choose another folder, or start anew with "
+                "--resume never (which deletes it)"
+                + ("; a run cannot be made longer, since its learning rates were those of the shorter one" * longer)
+                + ":\n"
+                + "\n".join(f"  {line}" for line in changed)
+            )
+
+    def open(self, stack: contextlib.ExitStack, *, anew: bool) -> dict[str, Any] | None:
+        """Make the folder, emptied of an earlier run if `anew`; returns the summary of a finished run.
+
+        No other process trains in it until `stack` is left.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+            stack.enter_context(hold_folder(self.path))
+            if anew:
+                self._clear()
+        except OSError as error:
+            raise UserError(
+                f"--run-dir: {error.filename or self.path}: {error.strerror or error}; give a folder that can be made "
+                "and written"
+            ) from error
+        return self._finished()
+
+    def _clear(self) -> None:
+        """Delete the files of an earlier run, and nothing else (config.yaml may be the user's own)."""
+        for name in ("plan.json", "environment.json", METRICS_FILE, CURVES_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        for path in (self._summary, self._model, self._inference):
+            path.unlink(missing_ok=True)
+        self.checkpoints().clear()
+        clear_tensorboard(self.path / TENSORBOARD_FOLDER)
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary, which is written last, of a run that has come to its end."""
+        try:
+            summary = json.loads(self._summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not self._model.exists():
+            return None
+        print(
+            f"{self.path} holds this run, finished; nothing is left to do (--resume never starts it anew)", flush=True
+        )
+        return summary
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, a file that cannot be written is told to the user."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"--run-dir: {error.filename or self.path}: {error.strerror}; make room or repair the folder, then "
+                "start the same command again"
+            ) from error
+
+    def write_start(
+        self,
+        config: Config,
+        plan: Plan,
+        sources: tuple[ImageSource, ImageSource],
+        data: dict[str, dict[str, Any]],
+    ) -> None:
+        """What is known before the first step."""
+        train, _ = sources
+        from_files = plan.image_size is not None
+        inference = {
+            "model": config.model.model_dump(mode="json"),
+            "weights": self._model.name,
+            "class_names": list(train.class_names),
+            "shape": list(train.shape),
+            "mean": list(train.mean),
+            "std": list(train.std),
+            "resize_size": config.data.short_side if from_files else None,
+            "data": data,
+        }
+        with self.writing():
+            if not self._config.exists() or read_config(self._config) != config:  # else it may be the user's own
+                write_text_atomically(self._config, dump_config(config))
+            write_json_atomically(self.path / "plan.json", plan.as_dict())
+            write_json_atomically(self.path / "environment.json", describe_environment())
+            write_json_atomically(self._inference, inference)
+
+    def write_end(
+        self, weights: dict[str, torch.Tensor], summary: dict[str, Any], *, warn: Callable[[str], None]
+    ) -> None:
+        with self.writing():
+            buffer = io.BytesIO()  # torch's own writer has its own errors for a disk that is full
+            torch.save(weights, buffer)
+            write_bytes_atomically(self._model, buffer.getvalue())
+            try:
+                draw_curves(self.path)
+            except OSError:
+                raise
+            except Exception as error:  # a picture is not worth a training
+                warn(f"{CURVES_FILE} could not be drawn ({type(error).__name__}: {error})")
+            write_json_atomically(self._summary, summary)
+
+    def read_config(self, overrides: Sequence[str]) -> Config:
+        """The run's config. Raises UserError if there is no run here."""
+        if not (os.path.isfile(self._model) or self.has_checkpoints):
+            raise UserError(f"{self.path}: no model.pt here, and no checkpoint; give the folder of a run")
+        return read_config(self._config, overrides)
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What the run was trained on, by part; empty where the folder does not say."""
+        try:
+            return json.loads(self._inference.read_text(encoding="utf-8"))["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def load_weights(self, model: nn.Module, device: torch.device, *, warn: Callable[[str], None]) -> None:
+        """Load `model.pt`, or else the newest checkpoint. Raises DataError if they are not of this model."""
+        if os.path.isfile(self._model):
+            with self._model.open("rb") as file:
+                name, weights = str(self._model), load_tensors(file, device, name=str(self._model))
+        else:
+            data = self.checkpoints().newest(warn)
+            if data is None:
+                raise DataError(f"{self._checkpoints}: no whole checkpoint to evaluate")
+            state = deserialise(data, device)
+            name, weights = f"the checkpoint of step {state.step}", state.model
+            warn(f"the run is not finished: this is {name}")
+        try:
+            model.load_state_dict(weights)
+        except (RuntimeError, TypeError) as error:
+            raise DataError(f"{name}: not the weights of this run's model: {error}") from error
