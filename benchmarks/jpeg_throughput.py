@@ -87,7 +87,7 @@ def measured_paths(root: Path) -> dict[str, Callable[[int], object]]:
     """The three paths, each a function of the batch's number."""
     settings = DataSettings(name="imagefolder", root=str(root), loader_processes=0)
     pictures = FolderPictures(root / "train", class_names(root))
-    decoder = Decoder(pictures, settings, seed=0, augment=True)
+    decoder = Decoder(pictures, settings, seed=0, augment=True, leaves_out=False)
     cpu = torch.device("cpu")
     source = PictureSource(pictures, settings, mean=IMAGENET_MEAN, std=IMAGENET_STD, seed=0, device=cpu)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_data_faults import imagefolder, read, truncate
+from torchvision import transforms
 
-from largebatch.data import jpeg
+from largebatch.data import jpeg, pictures
 from largebatch.data.load import load
-from largebatch.data.pictures import open_picture, random_crop, validation_view
+from largebatch.data.pictures import ArrayPicture, open_picture, random_crop, to_rgb, validation_view
 from largebatch.data.settings import DataSettings
 from largebatch.data.source import Pass
 from largebatch.errors import DataError
@@ -28,33 +31,105 @@ def pixels_of(path: Path) -> np.ndarray:
     return picture.top(picture.height)
 
 
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 RAMP = np.linspace(0, 65535, 12 * 10).reshape(10, 12).astype(np.uint16)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
-def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if name.endswith("pgm"):
-        path.write_bytes(b"P5 12 10 65535\n" + RAMP.astype(">u2").tobytes())
-    else:
-        Image.fromarray(RAMP).save(path)
-    expected = np.rint(RAMP / 257).astype(np.uint8)
-    assert np.array_equal(pixels_of(path), np.stack([expected] * 3, axis=2))
+def tiff(pixels: np.ndarray, bits: int, data: bytes, *, white: int = 1, numbers: int = 1) -> bytes:
+    """An uncompressed grey TIFF; `white` and `numbers` as its tags 262 and 339 have them."""
+    height, width = pixels.shape
+    values = {256: width, 257: height, 258: bits, 259: 1, 262: white, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in {**values, 339: numbers}.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", 10) + entries + bytes(4)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floats")])
-def test_numbers_without_a_range_are_refused_by_name(tmp_path: Path, dtype: Any, kind: str) -> None:
+def twelve_bits(values: np.ndarray) -> bytes:
+    first, second = values[:, ::2] >> 4, values[:, 1::2] >> 4
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2)
+    return packed.astype(np.uint8).tobytes()
+
+
+SIXTEEN_BITS = {
+    "pgm": b"P5 12 10 65535\n" + RAMP.astype(">u2").tobytes(),
+    "12 of 16 bits, pgm": b"P5 12 10 4095\n" + (RAMP >> 4).astype(">u2").tobytes(),
+    "tiff": tiff(RAMP, 16, RAMP.tobytes()),
+    "white is 0, tiff": tiff(RAMP, 16, (65535 - RAMP).tobytes(), white=0),
+    "12 bits, tiff": tiff(RAMP, 12, twelve_bits(RAMP)),
+    "png": saved(Image.fromarray(RAMP), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.tif").write_bytes(SIXTEEN_BITS[kind])
+    expected = np.rint((RAMP >> 4) / (4095 / 255) if "12" in kind else RAMP / 257).astype(np.uint8)
+    assert np.array_equal(pixels_of(tmp_path / "a.tif"), np.stack([expected] * 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (saved(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "signed numbers"),
+        (saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floats"),
+        (tiff(RAMP, 32, RAMP.astype(np.uint32).tobytes()), "32-bit integers"),
+        (tiff(RAMP, 16, RAMP.tobytes(), numbers=2), "signed numbers"),
+        (b"Pf\n1 1\n-1.0\n" + bytes(4), "floats"),
+    ],
+)
+def test_numbers_without_a_range_are_refused_by_name(tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "a.tif"
-    Image.fromarray(RAMP.astype(dtype)).save(path)
-    with pytest.raises(DataError, match=rf"{path}: its pixels are {kind}"):
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"{path}: its pixels are {kind}, which have no defined black"):
+        open_picture(str(path))
+
+
+def png_with_a_long_text() -> bytes:
+    comments = PngInfo()
+    comments.add_text("comment", "a" * 3_000_000, zip=True)
+    return saved(NOISE, "PNG", pnginfo=comments)
+
+
+def odd_exif() -> bytes:
+    return saved(NOISE, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+
+
+def palette_with_transparency() -> bytes:
+    return saved(NOISE.convert("P"), "PNG", transparency=bytes(range(256)))
+
+
+def animated() -> bytes:
+    return saved(NOISE, "WEBP", lossless=True, save_all=True, append_images=[NOISE.rotate(180)])
+
+
+@pytest.mark.parametrize("make", [png_with_a_long_text, odd_exif, palette_with_transparency, animated])
+def test_what_pillow_warns_of_or_limits_is_read_in_silence(
+    tmp_path: Path, make: Callable[[], bytes], recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(make())
+    limits = Image.MAX_IMAGE_PIXELS
+    difference = pixels_of(tmp_path / "a.jpg").astype(int) - np.asarray(NOISE)
+    assert np.abs(difference).mean() < 60  # 110 to another frame
+    assert not recwarn.list
+    assert limits == Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    path = tmp_path / "a.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match=rf"{path}: is no image of a known kind"):
         open_picture(str(path))
 
 
 def jpeg_bytes() -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(noise).resize((320, 240)).save(out, "JPEG", quality=90)
-    return out.getvalue()
+    return saved(Image.fromarray(noise).resize((320, 240)), "JPEG", quality=90)
 
 
 def scan_parameters_of_0(data: bytes) -> bytes:
@@ -92,16 +167,39 @@ def test_a_jpeg_with_a_flaw_that_most_programs_accept(
         assert np.array_equal(picture_of_ours.top(rows)[:rows], expected[:rows])
 
 
-def test_a_very_long_image_takes_little_memory_and_a_too_large_one_is_named(tmp_path: Path) -> None:
+def test_a_very_long_image_takes_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.png"
-    Image.new("L", (60_000, 1), 200).save(path)
-    view = validation_view(open_picture(str(path)), 256, 224)
-    assert view.shape == (224, 224, 3)
-    assert view.unique().tolist() == [200]
-    large = tmp_path / "large.png"
-    Image.new("1", (20_000, 20_000)).save(large)
-    with pytest.raises(DataError, match=rf"{large}: 20000 x 20000 pixels are more than 268,435,456"):
-        open_picture(str(large))
+    for shape in ((60_000, 1), (1, 60_001)):
+        Image.new("L", shape, 200).save(path)
+        view = validation_view(open_picture(str(path)), 256, 224)
+        assert view.shape == (224, 224, 3)
+        assert view.unique().tolist() == [200]
+
+
+def test_the_limit_on_the_size_is_ours_for_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for name, data in (("a.png", saved(NOISE, "PNG")), ("a.jpg", saved(NOISE, "JPEG"))):
+        (tmp_path / name).write_bytes(data)
+        assert open_picture(str(tmp_path / name)).width == 30
+    monkeypatch.setattr(pictures, "_MOST_PIXELS", 500)
+    for name in ("a.png", "a.jpg"):
+        with pytest.raises(DataError, match=rf"{tmp_path / name}: 30 x 20 pixels are more than 500, too many"):
+            open_picture(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("length", [330, 331, 1000, 1001])
+def test_the_middle_of_a_long_image_is_that_of_the_whole(length: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, length, 3), dtype=np.uint8)
+    chain = transforms.Compose([transforms.Resize(16), transforms.CenterCrop(14)])
+    expected = np.asarray(chain(Image.fromarray(pixels))).astype(int)
+    assert np.abs(validation_view(ArrayPicture(pixels), 16, 14).numpy() - expected).max() <= 2
+
+
+def test_a_large_image_becomes_ours_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_BAND_PIXELS", 100)
+    for mode in ("RGB", "CMYK", "LA"):
+        converted = NOISE.convert(mode)
+        assert np.array_equal(to_rgb(converted), np.asarray(converted.convert("RGB")))
 
 
 def test_a_narrow_ratio_still_gives_a_crop_of_a_pixel() -> None:

@@ -42,13 +42,13 @@ def find_frame(data: bytes) -> Frame | None:
 
 def _walk(data: bytes) -> Frame | None:
     """Go through the header's segments (marker, length, content) up to the first scan."""
-    at, frame_at, restarts = 2, 0, False
+    at, frame_at, restarts, at_scan = 2, 0, False, False
     while data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:  # padding
             at += 1
             continue
-        if marker == _SCAN:
+        if at_scan := marker == _SCAN:
             break
         if marker in _FRAMES:
             frame_at = at
@@ -61,7 +61,7 @@ def _walk(data: bytes) -> Frame | None:
         return None
     # Only one scan of all components without restarts can be cut; a file without an end is shown whole to
     # the decoder, which will say so.
-    cut = data[frame_at + 1] in _SEQUENTIAL and data[at + 4] == components and not restarts
+    cut = at_scan and data[frame_at + 1] in _SEQUENTIAL and data[at + 4] == components and not restarts
     cut = cut and data.rfind(_END_OF_IMAGE, at) > 0
     return Frame(height, width, frame_at + 5 if cut else None)
 

@@ -6,15 +6,17 @@ chain through float tensors; decoding no more than the crop needs is the rest.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from largebatch.data.jpeg import Frame, decode_top, find_frame
 from largebatch.data.settings import Augmentation
@@ -23,7 +25,14 @@ from largebatch.errors import DataError
 _TRIES = 10
 _LONG = 32  # long over short side from which on a picture is cut to its middle before it is resized
 _MOST_PIXELS = 2**28  # 0.8 GB once decoded
-Image.MAX_IMAGE_PIXELS = None  # the limit is ours, for JPEG and all others alike
+_BAND_PIXELS = (
+    2**24
+)  # Pillow's pixels of a large image become ours in bands: a copy of the whole would double its memory
+# Named, since Pillow would start Ghostscript for a PostScript file, whatever its suffix.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF")
+_BITS, _WHITE_IS_ZERO, _NUMBERS = 258, 262, 339  # TIFF tags: BitsPerSample, PhotometricInterpretation, SampleFormat
+_UNSIGNED = (1, 4)  # values of SampleFormat; 4 is undefined
+_REMEDY = "replace the file, or set data.on_error=skip"
 CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of each try, top, left, flip
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -73,9 +82,12 @@ def open_picture(path: str) -> Picture:
         with open(path, "rb", buffering=0) as file:
             data = file.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
     if frame := find_frame(data):
-        _check_size(path, frame.width, frame.height)
+        try:
+            _check_size(frame.width, frame.height)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
         return JpegPicture(path, data, frame)
     return ArrayPicture(_decode(path, data))
 
@@ -83,45 +95,80 @@ def open_picture(path: str) -> Picture:
 def _decode(path: str, data: bytes) -> np.ndarray:
     """The whole picture by Pillow: uint8 RGB [H, W, 3]. Raises DataError naming the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF and of large pictures, once for each
-            with Image.open(io.BytesIO(data)) as picture:
-                _check_size(path, *picture.size)
-                return to_rgb(picture)
+        with _lenient_pillow(), Image.open(io.BytesIO(data), formats=_formats()) as picture:
+            _check_size(*picture.size)
+            return to_rgb(picture)
     except DataError as error:
-        raise DataError(f"{path}: {error}" if not str(error).startswith(path) else str(error)) from None
+        raise DataError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise _damaged(path, data, error) from None
 
 
-def _check_size(path: str, width: int, height: int) -> None:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # not every Pillow has AVIF
+
+
+@contextlib.contextmanager
+def _lenient_pillow() -> Iterator[None]:
+    """Inside, Pillow neither warns (of odd EXIF, of transparency) nor refuses large images and long texts in a PNG.
+
+    The limit on the size is ours, the same for all formats and decoders.
+    """
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = before
+
+
+def _check_size(width: int, height: int) -> None:
     if width * height > _MOST_PIXELS:
-        raise DataError(
-            f"{path}: {width} x {height} pixels are more than {_MOST_PIXELS:,}, too many to decode; scale it down"
-        )
+        raise DataError(f"{width} x {height} pixels are more than {_MOST_PIXELS:,}, too many to decode; scale it down")
 
 
 def to_rgb(picture: Image.Image) -> np.ndarray:
-    """A PIL image as uint8 RGB [H, W, 3]; 16 bits a channel are scaled to 8. Raises DataError.
+    """The first frame of a PIL image as uint8 RGB [H, W, 3]; 16 bits are scaled to 8. Raises DataError.
 
     Transparency is dropped, and EXIF's rotation ignored, as torchvision does.
     """
-    mode = picture.mode
-    sixteen = mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM"))
-    if sixteen:
-        grey = np.asarray(picture).astype(np.float64)
-        narrow = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
-        return np.repeat(narrow[:, :, None], 3, axis=2)
-    if mode in ("I", "F"):
-        kind = "32-bit integers" if mode == "I" else "floats"
-        raise DataError(f"its pixels are {kind}, whose range nobody knows; convert the image to 8 or 16 bits")
-    return np.array(picture.convert("RGB"))
+    mode, tags = picture.mode, getattr(picture, "tag_v2", {})
+    if mode == "F":
+        raise _without_range("floats")
+    if any(number not in _UNSIGNED for number in _as_tuple(tags.get(_NUMBERS, 1))):
+        raise _without_range("signed numbers")
+    if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
+        largest = 2 ** _as_tuple(tags.get(_BITS, 16))[0] - 1  # TIFF has 12 bits too
+        grey = np.clip(np.rint(np.asarray(picture) * (255 / largest)), 0, 255).astype(np.uint8)
+        if tags.get(_WHITE_IS_ZERO) == 0:
+            grey = 255 - grey
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if mode == "I":
+        raise _without_range("32-bit integers")
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    rows = max(1, _BAND_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        pixels[top : top + rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return pixels
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _without_range(kind: str) -> DataError:
+    return DataError(f"its pixels are {kind}, which have no defined black and white; convert it to 8 or 16 bits")
 
 
 def _damaged(path: str, data: bytes, error: Exception) -> DataError:
-    no_image = isinstance(error, Image.UnidentifiedImageError)
-    reason = "is no image" if no_image else f"is damaged ({type(error).__name__}: {error})"
-    return DataError(f"{path}: {reason}, {len(data)} bytes; mend or remove the file")
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    reason = "is no image of a known kind" if unknown else f"is damaged ({type(error).__name__}: {error})"
+    return DataError(f"{path}: {reason}, {len(data)} bytes; {_REMEDY}")
 
 
 def from_object(picture: Any) -> Picture:
@@ -201,8 +248,8 @@ def validation_view(picture: Picture, resize_size: int, size: int) -> torch.Tens
     height, width = picture.height, picture.width
     short = min(height, width)
     # Of a very long picture only the middle is resized: its ends would be cut away, after they had filled the memory.
-    longest = _LONG * short
-    rows, columns = min(height, longest), min(width, longest)
+    # As much goes at both ends, lest the middle be another.
+    rows, columns = (min(side, _LONG * short + (side - _LONG * short) % 2) for side in (height, width))
     target = (int(resize_size * rows / short), int(resize_size * columns / short))
     view = resize(picture, ((height - rows) // 2, (width - columns) // 2, rows, columns), target)
     top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)

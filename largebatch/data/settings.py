@@ -96,8 +96,8 @@ class DataSettings(Section):
     """Pictures from files: passes that each loader process keeps ready."""
 
     on_error: Literal["stop", "skip"] = "stop"
-    """Pictures from files that cannot be read: `stop`, naming the file; or `skip`, which takes the next good
-    picture in its place (the same on any number of ranks), names each file once and counts."""
+    """Image files that cannot be read: `stop`, naming the file; or `skip`, which takes the next good one in its place
+    (the same on any number of ranks; in validation none), names each file once and counts."""
 
     on_change: Literal["refuse", "accept"] = "refuse"
     """When a run is resumed or evaluated on other data than it was trained on (classes, file names or sizes): refuse,
