@@ -254,6 +254,7 @@ def state() -> TrainState:
         order_fingerprint="ab",
         data={"training set": {"images": 7, "class_names": ["a", "b"], "fingerprint": "cd"}},
         skipped_steps=1,
+        skipped_images=2,
         world_size=2,
         resize=None,
         model=model.state_dict(),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from run_folders import call, call_on, records, saved_steps, summary, tensor_hashes
 from test_data_faults import imagefolder, read, truncate
 from torchvision import transforms
 
@@ -24,6 +25,7 @@ from largebatch.data.pictures import ArrayPicture, open_picture, random_crop, to
 from largebatch.data.settings import DataSettings
 from largebatch.data.source import Pass
 from largebatch.errors import DataError
+from largebatch.recipe.order import EpochOrder
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -241,8 +243,6 @@ def test_one_class_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_validation_image_that_is_skipped_counts_in_nothing(folder: Path, ranks: int) -> None:
-    from run_folders import call_on, records, summary
-
     truncate(folder / "set/val/cat/1.jpg")
     options = ["data.on_error=skip", "evaluation.images_per_batch=1"]
     outcomes = call_on(ranks, "train", folder / "config.yaml", "--run-dir", folder / "run", *options)
@@ -251,6 +251,34 @@ def test_a_validation_image_that_is_skipped_counts_in_nothing(folder: Path, rank
     assert summary(folder / "run")["skipped_images"] == 1
     assert records(folder / "run")[-1]["val/skipped_images"] == 1
     assert "it is left out (data.on_error: skip)" in "".join(outcome.err for outcome in outcomes)
+
+
+def test_a_run_that_a_damaged_file_stopped_resumes_with_skip_and_counts_on(folder: Path) -> None:
+    """The file is in the second of the two steps of each epoch."""
+    first_of_step_1 = EpochOrder(16, virtual_workers=2, images_per_worker=4, seed=0).indices(1, range(2))[0]
+    bad = sorted((folder / "set/train").glob("*/*"))[first_of_step_1]
+    truncate(bad)
+    run = folder / "run"
+    options = ["schedule.epochs=2", "checkpoint={every_steps: 1, keep: 9}", "logging.every_steps=1"]
+    command = ["train", folder / "config.yaml", "--run-dir", run, *options]
+    assert call(*command).status == 2
+    assert saved_steps(run) == [1]
+    bad.rename(bad.with_suffix(".gone"))
+    removed = call(*command, "data.on_error=skip")
+    assert removed.status == 2
+    assert "keep it and set data.on_error=skip" in removed.err
+    bad.with_suffix(".gone").rename(bad)
+    skip = [*command, "data.on_error=skip", "data.prefetch=2"]
+    assert call(*skip).status == 0
+    assert [record.get("skipped_images") for record in records(run)] == [None, 1, 1, 2]
+    weights = tensor_hashes(run)
+    for path in (run / "summary.json", run / "model.pt", *(run / "checkpoints").glob("step_*[34].*")):
+        path.unlink()
+    assert call(*skip).status == 0
+    assert [record.get("skipped_images") for record in records(run)] == [None, 1, 1, 2]
+    assert summary(run)["skipped_train_images"] == 2
+    assert "skipped_images" not in summary(run), "that is validation's"
+    assert tensor_hashes(run) == weights
 
 
 class Items:

@@ -34,6 +34,8 @@ class TrainState:
     """What it was trained on (`largebatch.data.source.describe`), by part."""
     skipped_steps: int
     """Updates left out so far."""
+    skipped_images: int
+    """Training images that another stood in for so far."""
     world_size: int
     """Ranks that trained up to here."""
     resize: dict[str, Any] | None

@@ -82,6 +82,8 @@ class Trainer:
     """What the sources hold, for a later resume to compare."""
     skipped_steps: int = 0
     """Updates left out so far, since they were not finite or not exact."""
+    skipped_images: int = 0
+    """Training images that another stood in for, before this process started."""
     resize: Resize | None = None
     """The newest change of the minibatch (`batch.on_resize: rescale`), which `order` and `schedule` follow."""
     loss_factor: float = 1.0
@@ -114,7 +116,7 @@ class Trainer:
 
     # ---- state
 
-    def state(self) -> TrainState:
+    def state(self, *, skipped_images: int) -> TrainState:
         """All that a checkpoint holds. Waits for the device."""
         return TrainState(
             step=self.step,
@@ -122,6 +124,7 @@ class Trainer:
             order_fingerprint=self.order.fingerprint(self.order.epoch_of(self.step)),
             data=self.data,
             skipped_steps=self.skipped_steps,
+            skipped_images=skipped_images,
             world_size=self.ranks.world_size,
             resize=asdict(self.resize) if self.resize else None,
             model=self.virtual.model.state_dict(),
@@ -147,6 +150,7 @@ class Trainer:
         if self.resize is None or self.resize.step != state.step:
             self._interval = Interval(**state.interval)  # else its steps had another minibatch
         self.step, self.skipped_steps = state.step, state.skipped_steps
+        self.skipped_images = state.skipped_images
         self.recent_top1_errors = state.recent_top1_errors
         self.last_validation = state.last_validation
         self.seconds, self.train_seconds = state.seconds, state.train_seconds
@@ -284,10 +288,13 @@ class Trainer:
             record["skipped_steps"] = int(skipped)
         if overflowed:
             record["overflowed_steps"] = int(overflowed)
-        skipped_images = sum(self.ranks.gather(self.train.skipped))
-        if skipped_images:
-            record["skipped_images"] = skipped_images  # since this process started
+        if skipped_images := self._all_skipped_images():
+            record["skipped_images"] = skipped_images
         return record
+
+    def _all_skipped_images(self) -> int:
+        """Training images that another stood in for, since step 0 and on all ranks, who call this together."""
+        return self.skipped_images + sum(self.ranks.gather(self.train.skipped))
 
     def _saves_after(self, facts: StepFacts) -> bool:
         """Whether a checkpoint is due after the newest step: by steps, epochs, the clock or a stop request."""
@@ -305,8 +312,9 @@ class Trainer:
             self._check_saved(progress)
         if saves:
             self._last_save = time.monotonic()
+            skipped_images = self._all_skipped_images()
             if self.ranks.is_main:
-                self._saver.save(self.state())
+                self._saver.save(self.state(skipped_images=skipped_images))
         if facts.stop and self.step < self.schedule.total_steps:
             self._stop(progress)
 
@@ -401,6 +409,7 @@ class Trainer:
         """`summary.json` of a finished run."""
         images = self.order.images_consumed(self.step)
         skipped = self.last_validation.get("val/skipped_images", 0)
+        skipped_train = self._all_skipped_images()
         return {
             "top1_error": self.last_validation["val/top1_error"],
             "top1_error_median_last5": statistics.median(self.recent_top1_errors),
@@ -412,6 +421,7 @@ class Trainer:
             "global_batch": self.order.global_batch,
             "peak_lr": self.schedule.peak_lr,
             **({"skipped_images": int(skipped)} if skipped else {}),
+            **({"skipped_train_images": skipped_train} if skipped_train else {}),
             **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
         }
 
