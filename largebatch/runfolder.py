@@ -155,12 +155,7 @@ class RunFolder:
             buffer = io.BytesIO()  # torch's own writer has its own errors for a disk that is full
             torch.save(weights, buffer)
             write_bytes_atomically(self._model, buffer.getvalue())
-            try:
-                draw_curves(self.path)
-            except OSError:
-                raise
-            except Exception as error:  # a picture is not worth a training
-                warn(f"{CURVES_FILE} could not be drawn ({type(error).__name__}: {error})")
+            draw_curves(self.path, warn)
             write_json_atomically(self._summary, summary)
 
     def read_config(self, overrides: Sequence[str]) -> Config:

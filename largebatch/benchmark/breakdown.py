@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_SLACK = 0.05  # how far a value may be beyond what is possible, relative to the whole
 PARTS = ("compute", "exposed_communication", "data_wait", "other")
 # Each part is what its window has more than another window of the same round.
 _DIFFERENCES = {
@@ -125,6 +127,32 @@ def efficiency(
         for kinds, base_kinds in zip(by_round(windows), by_round(base), strict=True)
     ]
     return Efficiency(name, statistics.median(ratios), interquartile_range(ratios))
+
+
+def noise_in(measurement: Mapping[str, Any]) -> list[str]:
+    """What in a measurement of `benchmark.json` is impossible, so noise of the machine; empty if nothing is.
+
+    More ranks cannot be faster, each, than fewer, and no part of a step takes less than no time; a little beyond is
+    what rounds differ by.
+    """
+    found = [
+        f"{part.replace('_', ' ')} {1000 * measurement[part]:.2f} ms, below zero"
+        for part in PARTS
+        if measurement[part] < -_SLACK * measurement["step"]
+    ]
+    found += [
+        f"efficiency {100 * known['value']:.0f} % vs {name}, above 100 %"
+        for name, known in measurement["efficiencies"].items()
+        if known["value"] > 1 + _SLACK and measurement["world_size"] > _ranks_of(name)
+    ]
+    if abs(measurement["closure"]) > 2 * _SLACK:
+        found.append(f"parts that sum to {100 * (1 + measurement['closure']):.0f} % of the step")
+    return found
+
+
+def _ranks_of(baseline: str) -> int:
+    """The ranks of a baseline by its name: 3 for "1 node of 3 ranks"."""
+    return max(int(number) for number in re.findall(r"\d+", baseline))
 
 
 def windows_as_json(windows: Sequence[Window]) -> list[dict[str, Any]]:

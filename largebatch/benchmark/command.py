@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from largebatch.benchmark.collectives import measure_allreduce
 from largebatch.benchmark.forecast import check_forecast, forecast
 from largebatch.benchmark.measure import measure
 from largebatch.benchmark.options import Options, check_world
-from largebatch.benchmark.plots import draw
+from largebatch.benchmark.plots import PLOTS, draw_plots
 from largebatch.benchmark.results import measurements
 from largebatch.benchmark.tables import (
     Table,
@@ -21,6 +22,7 @@ from largebatch.benchmark.tables import (
     as_text,
     breakdown_table,
     machine_text,
+    noise_notes,
     prediction_notes,
     prediction_table,
     scaling_table,
@@ -38,6 +40,7 @@ from largebatch.report.files import write_json_atomically, write_text_atomically
 from largebatch.training.precision import slow_precision
 
 Note = Callable[[str], None]
+_FILES = ("benchmark.json", "benchmark.csv", "benchmark.md", "tune.yaml")
 
 
 def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *, command: str) -> None:
@@ -114,7 +117,8 @@ def _measure_all(
     if tuned:
         result["tune"] = tuned
     if options.predict:
-        result["prediction"] = forecast(result, options)
+        noisy = [m for m in result["measurements"] if m["mode"] == "weak" and m["noise"]]
+        result["prediction"] = None if noisy else forecast(result, options)
     return result
 
 
@@ -130,17 +134,23 @@ def _tune(config: Config, options: Options, groups: Subgroups, sources: Sources,
 
 def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
     """`benchmark.json`, `.csv`, `.md` and the plots; the tables also to `note`."""
+    _keep_earlier(run_dir, note)
     tables: dict[str, Table] = {
         "Scaling": scaling_table(result["measurements"]),
         "Where the step goes": breakdown_table(result["measurements"]),
     }
     if result["allreduce"]:
         tables["The all-reduce alone"] = allreduce_table(result["allreduce"])
-    notes = {}
+    notes: dict[str, list[str]] = {}
     if "tune" in result:
         tables["Settings tried"] = tune_table(result["tune"])
         notes["Settings tried"] = [tune_rule(result["tune"])]
-    if "prediction" in result:
+    noise = noise_notes(result["measurements"])
+    if noise:
+        notes["Scaling"] = noise
+    if "prediction" in result and result["prediction"] is None:
+        notes["Scaling"] = [*noise, "no prediction: it would rest on noise"]
+    elif "prediction" in result:
         tables["Prediction (weak scaling)"] = prediction_table(result["prediction"])
         notes["Prediction (weak scaling)"] = prediction_notes(result["prediction"])
     write_json_atomically(run_dir / "benchmark.json", result)
@@ -157,5 +167,17 @@ def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
         settings = "\n".join(tune_notes(result["tune"]))
         write_text_atomically(run_dir / "tune.yaml", settings + "\n")
         note(f"\n{settings}")
-    pictures = ", ".join(path.name for path in draw(result, run_dir))
-    note(f"\nwritten into {run_dir}: benchmark.json, benchmark.csv, benchmark.md, {pictures}")
+    plots = draw_plots(result, run_dir, lambda text: note(f"warning: {text}"))
+    note(f"\nwritten into {run_dir}: {', '.join([*_FILES[:3], *plots])}")
+
+
+def _keep_earlier(run_dir: Path, note: Note) -> None:
+    """Move what an earlier benchmark left in `run_dir` into a folder `earlier-1`, or the next number that is free."""
+    earlier = [run_dir / name for name in (*_FILES, *PLOTS) if (run_dir / name).is_file()]
+    if not earlier:
+        return
+    aside = next(folder for i in itertools.count(1) if not (folder := run_dir / f"earlier-{i}").exists())
+    aside.mkdir()
+    for path in earlier:
+        path.rename(aside / path.name)
+    note(f"the earlier result is kept in {aside}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from largebatch.benchmark.breakdown import Efficiency, break_down, efficiency, windows_as_json
+from largebatch.benchmark.breakdown import Efficiency, break_down, efficiency, noise_in, windows_as_json
 from largebatch.benchmark.cases import WITH_DDP, WITHOUT_DDP, Case, Row
 from largebatch.benchmark.measure import Measured
 
@@ -22,7 +22,7 @@ def _measurement(
     case, found = row.case, measured[row.case]
     parts = break_down(found.windows)
     efficiencies = list(_efficiencies(row, rows, measured, ranks_per_node))
-    return {
+    measurement = {
         "mode": row.mode,
         "world_size": case.world_size,
         "ddp": case.ddp,
@@ -45,6 +45,7 @@ def _measurement(
         "replay_seconds": found.replay_seconds,
         "windows": windows_as_json(found.windows),
     }
+    return {**measurement, "noise": noise_in(measurement)}
 
 
 def _efficiencies(

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from largebatch.benchmark.breakdown import PARTS, clearly_above_zero
+from largebatch.benchmark.breakdown import PARTS, clearly_above_zero, noise_in
 
 _CSV = (
     "mode", "world_size", "ddp", "virtual_workers", "global_batch", "step", *PARTS, "closure", "images_per_second",
@@ -30,7 +30,7 @@ def scaling_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
         rows.append(
             [
                 m["mode"],
-                ranks_text(m),
+                _marked(m),
                 str(m["global_batch"]),
                 _milliseconds(m["step"], m["spread"]["step"]),
                 f"{m['images_per_second']:,.0f}",
@@ -47,7 +47,7 @@ def breakdown_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
             m["mode"],
-            ranks_text(m),
+            _marked(m),
             *(_milliseconds(m[part], m["spread"][part]) for part in PARTS),
             f"{100 * (1 + m['closure']):.1f} %",
             f"{max(m['peak_memory_by_rank']) / 2**20:,.0f}",
@@ -129,6 +129,20 @@ def prediction_notes(prediction: Mapping[str, Any]) -> list[str]:
         "two level is left out where it is one of the others: on one node a ring, on nodes of up to 3 ranks halving "
         "and doubling",
     ]
+
+
+def noise_notes(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is marked as noise, and why."""
+    notes = [f"* {m['mode']}, N = {ranks_text(m)}: {'; '.join(noise_in(m))}" for m in measurements if noise_in(m)]
+    advice = (
+        "* marks what is impossible, so noise: nothing follows from these rows. Measure again on a quiet machine, with "
+        "more --rounds or longer --window-seconds"
+    )
+    return [*notes, advice] if notes else []
+
+
+def _marked(measurement: Mapping[str, Any]) -> str:
+    return ranks_text(measurement) + (" *" if noise_in(measurement) else "")
 
 
 def ranks_text(measurement: Mapping[str, Any]) -> str:
