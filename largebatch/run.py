@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from largebatch.data.source import ImageSource
 from largebatch.data.source import describe as describe_data
 from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.roll_call import name_lost_ranks
-from largebatch.errors import ConfigError, HealthError, UserError
+from largebatch.errors import HealthError, UserError
 from largebatch.models.build import build
+from largebatch.models.check import check_forward
 from largebatch.models.compiled import compile_regions
 from largebatch.plan import Plan, describe, make_order, make_plan, run_schedule
 from largebatch.recipe.batch import deal_equally
@@ -117,7 +118,8 @@ def _train_connected(
         val_images=sources[1].images,
         resize=resize,
     )
-    trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize)
+    notes: list[str] = []
+    trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize, note=notes.append)
     trainer.stop_request, trainer.data = stop_request, seen
     if state is not None:
         trainer.restore(state)
@@ -127,7 +129,7 @@ def _train_connected(
     writer = _open_writer(folder, ranks, first_step)
     try:
         with open_progress(is_main=ranks.is_main, total_steps=total, steps_done=done) as progress:
-            progress.note(describe(plan))
+            progress.note("\n".join([describe(plan), *([] if done else notes)]))
             slow = slow_precision(config.execution.precision, ranks.device)
             if slow:
                 progress.note(f"warning: {slow}")
@@ -158,13 +160,26 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", flush=True)
 
 
-def build_model(config: Config, source: ImageSource, ranks: Ranks) -> nn.Module:
-    """The config's model on this rank's device, initialised alike on all ranks."""
-    model = build(config.model, classes=source.classes, shape=source.shape, seed=config.seed).to(ranks.device)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"model.name: {config.model.name!r} has no parameters to train")
+def build_model(
+    config: Config, source: ImageSource, ranks: Ranks, note: Callable[[str], None] | None = None
+) -> nn.Module:
+    """The config's model on this rank's device, initialised alike on all ranks, after one forward and backward that
+    show whether it can be trained; `note` is given lines that say how its weights start."""
+    model = build(config.model, classes=source.classes, shape=source.shape, seed=config.seed, note=note)
+    model = model.to(ranks.device)
     if config.execution.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    together = config.batch.images_per_worker
+    if config.batchnorm.over == "pass":
+        together *= config.execution.workers_per_pass
+    images = torch.randn(min(2, together), *source.shape, generator=torch.Generator().manual_seed(0))
+    check_forward(
+        model,
+        config.model.name,
+        classes=source.classes,
+        images=images.to(ranks.device),
+        autocast=make_autocast(config.execution.precision, ranks.device),
+    )
     if config.execution.compile:
         compile_regions(model)
     return model
@@ -177,11 +192,12 @@ def make_trainer(
     sources: tuple[ImageSource, ImageSource],
     checkpoints: CheckpointFolder,
     resize: Resize | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Trainer:
     """The trainer of `config`, at step 0; `config` has the k that `resize` says."""
     execution = config.execution
     train_source, validation = sources
-    model = build_model(config, train_source, ranks)
+    model = build_model(config, train_source, ranks, note)
     optimizer = make_optimizer(
         model, config.optimizer, fused=execution.precision == "fp16" or ranks.device.type == "cuda"
     )

@@ -199,12 +199,12 @@ def test_own_model_gets_what_its_signature_names() -> None:
     path = "own_models_of_the_test"
     model = _build(f"{path}:Net", (1, 9, 9), arguments={"width": 6})
     assert model.seen == (10, (1, 9, 9), 6)
-    assert torch.count_nonzero(model.fc.bias) == 0
+    assert torch.count_nonzero(model.fc.bias) > 0  # own weights are kept
     assert model.scale.item() == 3.0
-    assert torch.all(model.bn.weight == 1)  # a BatchNorm outside any block that we know
     assert _build(f"{path}:plain", arguments={"width": 5}).in_features == 5
-    kept = _build(f"{path}:Net", (1, 9, 9), initialisation="own")
-    assert torch.count_nonzero(kept.fc.bias) > 0
+    drawn = _build(f"{path}:Net", (1, 9, 9), initialisation="paper")
+    assert torch.count_nonzero(drawn.fc.bias) == 0
+    assert torch.all(drawn.bn.weight == 1)  # a BatchNorm outside any block that we know
 
 
 @pytest.mark.usefixtures("own_models")
@@ -243,9 +243,14 @@ def test_argument_that_torchvision_does_not_take_is_named() -> None:
 
 
 def test_known_names_are_torchvisions_and_ours() -> None:
-    builders = {name: torchvision.models.get_model_builder(name) for name in torchvision.models.list_models()}
-    theirs = {name for name, builder in builders.items() if builder.__module__ == "torchvision.models.resnet"}
-    assert set(known_names()) == theirs | {"resnet8", "resnet20", "resnet32", "resnet56", "mlp"}
+    theirs = torchvision.models.list_models(module=torchvision.models)
+    assert sorted(known_names()) == sorted([*theirs, "resnet8", "resnet20", "resnet32", "resnet56", "mlp"])
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "squeezenet1_0", "googlenet", "vit_b_32"])
+def test_a_model_of_torchvision_has_a_head_for_the_classes_and_takes_the_images_channels(name: str) -> None:
+    model = _build(name, (1, 64, 64)).eval()
+    assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +258,7 @@ def test_known_names_are_torchvisions_and_ours() -> None:
     [
         ({"name": "resnet5"}, r"'resnet5' is not a known model; did you mean 'resnet56'\?"),
         ({"name": "ResNet50"}, "did you mean 'resnet50'"),
-        ({"name": "zzz"}, "one of resnet18, .*package.module:function"),
+        ({"name": "zzz"}, "one of resnet8, .*mlp, or .*torchvision .*package.module:function"),
         ({"name": "a.b:"}, "not of the form package.module:function"),
         ({"name": "a b:c"}, "not of the form package.module:function"),
         ({"hidden": [3]}, "hidden: .* is for the mlp"),
@@ -262,7 +267,7 @@ def test_known_names_are_torchvisions_and_ours() -> None:
         ({"name": "resnet8", "width": 0}, "greater than or equal to 1"),
         ({"name": "mlp", "arguments": {"width": 1}}, "arguments: mlp takes none; seen width"),
         ({"initialisation": "own", "last_gamma": 1.0}, "last_gamma: 1 needs initialisation: paper"),
-        ({"arguments": {"weights": "DEFAULT"}}, "weights would be overwritten"),
+        ({"initialisation": "paper", "arguments": {"weights": "DEFAULT"}}, "weights would be overwritten"),
         ({"arguments": {"num_classes": 3}}, "num_classes comes from the data set"),
         ({"last_gamma": 1.5}, "less than or equal to 1"),
     ],

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from largebatch.section import Section
 from largebatch.wording import did_you_mean
 
-TORCHVISION_NAMES = (
+TORCHVISION_RESNETS = (
     "resnet18",
     "resnet34",
     "resnet50",
@@ -22,6 +22,18 @@ TORCHVISION_NAMES = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
+_OTHERS_OF_TORCHVISION = """
+alexnet convnext_base convnext_large convnext_small convnext_tiny densenet121 densenet161 densenet169 densenet201
+efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5 efficientnet_b6
+efficientnet_b7 efficientnet_v2_l efficientnet_v2_m efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
+mnasnet0_75 mnasnet1_0 mnasnet1_3 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_16gf regnet_x_1_6gf
+regnet_x_32gf regnet_x_3_2gf regnet_x_400mf regnet_x_800mf regnet_x_8gf regnet_y_128gf regnet_y_16gf regnet_y_1_6gf
+regnet_y_32gf regnet_y_3_2gf regnet_y_400mf regnet_y_800mf regnet_y_8gf shufflenet_v2_x0_5 shufflenet_v2_x1_0
+shufflenet_v2_x1_5 shufflenet_v2_x2_0 squeezenet1_0 squeezenet1_1 swin_b swin_s swin_t swin_v2_b swin_v2_s swin_v2_t
+vgg11 vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn vit_b_16 vit_b_32 vit_h_14 vit_l_16 vit_l_32
+"""
+# Spelled out, since the settings are read without torch; a test compares them with torchvision's own list.
+TORCHVISION_NAMES = (*TORCHVISION_RESNETS, *_OTHERS_OF_TORCHVISION.split())
 SMALL_RESNET_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}
 """Blocks in each of the three stages: n of the depth 6n + 2."""
 MLP_HIDDEN = [100, 100, 100, 100]
@@ -38,13 +50,13 @@ class ModelSettings(Section):
     """Which network is trained, and how its weights start."""
 
     name: str = "resnet50"
-    """A torchvision ResNet (resnet18 to resnet152, resnext…, wide_resnet…), resnet8, resnet20, resnet32 or
+    """A classification model of torchvision (resnet50, vit_b_16, convnext_tiny …), resnet8, resnet20, resnet32 or
     resnet56 for small images, mlp, or your own function or class as `package.module:function`."""
     last_gamma: float = Field(0.0, ge=0, le=1)
     """Initial γ of the last BatchNorm of every residual block: 0 in the paper (§5.1), 1 in its ablation."""
-    initialisation: Literal["paper", "own"] = "paper"
+    initialisation: Literal["auto", "paper", "own"] = "auto"
     """paper: §5.1's, applied by module type, to your own model too (so it overwrites weights that the model
-    brings along); own: what the model's constructor leaves."""
+    brings along); own: what the model's constructor leaves; auto: paper for ResNets and the mlp, own for the rest."""
     hidden: list[int] = Field(default=MLP_HIDDEN)
     """Widths of the hidden layers (mlp only)."""
     width: int = Field(16, ge=1)
@@ -59,7 +71,8 @@ class ModelSettings(Section):
             if not _IMPORT_PATH.fullmatch(name):
                 raise ValueError(f"{name!r} is not of the form package.module:function")
         elif name not in known_names():
-            hint = did_you_mean(name, known_names()) or f"; one of {', '.join(known_names())}"
+            ours = ", ".join([*SMALL_RESNET_BLOCKS, "mlp"])
+            hint = did_you_mean(name, known_names()) or f"; one of {ours}, or a classification model of torchvision"
             raise ValueError(f"{name!r} is not a known model{hint} (your own: package.module:function)")
         return name
 
@@ -81,8 +94,16 @@ class ModelSettings(Section):
             raise ValueError(f"arguments: {self.name} takes none; seen {', '.join(self.arguments)}")
         if "num_classes" in self.arguments and self.name in TORCHVISION_NAMES:
             raise ValueError("arguments: num_classes comes from the data set")
-        if self.initialisation == "own" and self.last_gamma != 0:
+        if self.starts_as == "own" and self.last_gamma != 0:
             raise ValueError(f"last_gamma: {self.last_gamma:g} needs initialisation: paper")
         if self.initialisation == "paper" and self.arguments.get("weights") is not None:
             raise ValueError("arguments: weights would be overwritten; set initialisation: own")
         return self
+
+    @property
+    def starts_as(self) -> Literal["paper", "own"]:
+        """What `initialisation` comes to: weights that may have been brought along are never drawn anew unasked."""
+        if self.initialisation != "auto":
+            return self.initialisation
+        from_scratch = (*TORCHVISION_RESNETS, *SMALL_RESNET_BLOCKS, "mlp")
+        return "paper" if self.name in from_scratch and self.arguments.get("weights") is None else "own"

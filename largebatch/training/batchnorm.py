@@ -107,6 +107,8 @@ class BatchNormStatistics:
 
 
 def _rate(module: _BatchNorm, momentum: float | None) -> float:
+    if module.momentum == 0:  # frozen by its constructor
+        return 0.0
     if momentum is not None:
         return 1.0 - momentum
     if module.momentum is None:
