@@ -10,7 +10,7 @@ from run_folders import ROOT, call
 
 from largebatch.plan import Plan, make_plan
 from largebatch.reproduce.folders import steps_of
-from largebatch.reproduce.grid import Grid, Run, make_grid
+from largebatch.reproduce.grid import Grid, Run, bare_code, make_grid
 from largebatch.reproduce.settings import SCALES, read_experiment
 
 IMAGES, VALIDATION = 1_281_167, 50_000
@@ -195,3 +195,13 @@ def test_accumulation_at_scale_smoke_differs_by_exactly_zero(tmp_path: Path) -> 
     assert text.count("identical to the last bit (2 of 2 seeds)") == 2
     assert all(0 < found["weight"] < 1 for found in rows["fast, 2 ranks"]["weights"])
     assert "differ by up to" in text
+
+
+def test_the_code_that_counts_is_the_code_without_its_words() -> None:
+    plain = "class A:\n    x: int = 1\n\n    def f(self):\n        return self.x + 1\n"
+    dressed = (
+        '"""Module."""\n# why\nclass A:\n    \'\'\'What.\'\'\'\n    x : int=1\n    """Meant."""\n'
+        '    def f( self ):\n        "Returns."\n        return (self.x +\n            1)  # one more\n'
+    )
+    assert bare_code(plain) == bare_code(dressed)
+    assert bare_code(plain) != bare_code(plain.replace("+ 1", "+ 2"))

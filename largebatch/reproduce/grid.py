@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -100,11 +101,27 @@ def _flat(delta: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def training_code_digest() -> str:
-    """SHA-256 of the source files that the numbers of a run depend on."""
+    """SHA-256 of the code that the numbers of a run depend on; comments, docstrings and formatting do not count."""
     package = Path(__file__).parents[1]
     found = [package / name for name in _CODE_THAT_COUNTS]
     files = [file for path in found for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     hashed = hashlib.sha256()
     for file in files:
-        hashed.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+        hashed.update(
+            str(file.relative_to(package)).encode() + b"\0" + bare_code(file.read_text(encoding="utf-8")).encode()
+        )
     return hashed.hexdigest()
+
+
+def bare_code(source: str) -> str:
+    """The source as Python itself would write it, without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_bare_text(part)]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _is_bare_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
