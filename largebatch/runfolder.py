@@ -26,6 +26,11 @@ from largebatch.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER, clear_te
 from largebatch.report.plots import CURVES_FILE, draw_curves
 from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
 
+_LONGER = (
+    "; a finished schedule cannot be extended, since its learning rates depend on its length: train the longer one in "
+    "another folder (--run-dir OTHER), and set schedule.epochs to its whole length"
+)
+
 
 class RunFolder:
     """Names others rely on: `config.yaml`, `plan.json`, `environment.json`, `inference.json`, `metrics.jsonl`,
@@ -64,7 +69,7 @@ class RunFolder:
             raise ConfigError(
                 f"--run-dir: {self.path} holds a run of another config; choose another folder, or start anew with "
                 "--resume never (which deletes it)"
-                + ("; a run cannot be made longer, since its learning rates were those of the shorter one" * longer)
+                + (_LONGER * longer)
                 + ":\n"
                 + "\n".join(f"  {line}" for line in changed)
             )
