@@ -45,7 +45,7 @@ def _folder(text: str) -> Path:
     """A folder that an option names; a shell variable that is not set must not mean the current one."""
     if not text:
         raise typer.BadParameter("'' names no folder; give one ('.' for the current one)")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
@@ -322,9 +322,14 @@ def _scale(name: str) -> Any:
 
 
 def _load(config: Path, overrides: list[str] | None) -> Any:
-    from largebatch.config import read_config
+    from largebatch.config import read_config, scaled_times
 
-    return read_config(config, overrides or [])
+    config = Path(os.path.expanduser(config))
+    loaded = read_config(config, overrides or [])
+    scaled = scaled_times(config, overrides or [])
+    if scaled and _from_launcher("RANK", "SLURM_PROCID") in (None, "0"):
+        _complain(f"schedule.epochs is set alone, so the rest of the schedule is scaled with it: {' '.join(scaled)}")
+    return loaded
 
 
 def _images_of(config: Any) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from largebatch.errors import ConfigError
 from largebatch.models.settings import ModelSettings
 from largebatch.recipe.batch import BatchSettings
 from largebatch.recipe.schedule import ScheduleSettings
-from largebatch.section import Section
+from largebatch.section import FREE_ON_RESUME, FreeOnResume, Section
 from largebatch.training.settings import (
     BatchNormSettings,
     CheckpointSettings,
@@ -23,26 +23,6 @@ from largebatch.training.settings import (
     HealthSettings,
     LoggingSettings,
     OptimizerSettings,
-)
-
-# What may differ when a run goes on: it changes no number, or only says how to go on.
-_FREE_ON_RESUME = (
-    "batch.on_resize",
-    "schedule.resize_ramp_epochs",
-    "checkpoint",
-    "logging",
-    "data.root",
-    "data.loader_processes",
-    "data.prefetch",
-    "data.on_error",
-    "data.on_change",
-    "execution.device",
-    "execution.backend",
-    "execution.bucket_mb",
-    "execution.static_graph",
-    "execution.gradient_as_bucket_view",
-    "execution.timeout_minutes",
-    "health",
 )
 
 
@@ -57,9 +37,9 @@ class Config(Section):
     batchnorm: BatchNormSettings = BatchNormSettings()
     execution: ExecutionSettings = ExecutionSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    health: HealthSettings = HealthSettings()
-    logging: LoggingSettings = LoggingSettings()
+    checkpoint: FreeOnResume[CheckpointSettings] = CheckpointSettings()
+    health: FreeOnResume[HealthSettings] = HealthSettings()
+    logging: FreeOnResume[LoggingSettings] = LoggingSettings()
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides initialisation, order, augmentation and dropout."""
 
@@ -96,12 +76,13 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config in the YAML file `path`, with ``section.key=value`` overrides. Raises ConfigError.
 
     Where the overrides set `schedule.epochs` and nothing else of the schedule's times, warmup and decay keep their
-    place in the training: they are scaled with it.
+    place in the training: `scaled_times`.
     """
-    return load_config(Path(path), [*overrides, *_scaled_times(Path(path), overrides)], Config)
+    return load_config(Path(path), [*overrides, *scaled_times(Path(path), overrides)], Config)
 
 
-def _scaled_times(path: Path, overrides: Sequence[str]) -> list[str]:
+def scaled_times(path: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides that scale warmup and decay with a `schedule.epochs` that is overridden alone, else none."""
     keys = [override.partition("=")[0].strip() for override in overrides]
     times = ("schedule.warmup", "schedule.decay")
     if "schedule.epochs" not in keys or any(key == "schedule" or key.startswith(times) for key in keys):
@@ -112,25 +93,32 @@ def _scaled_times(path: Path, overrides: Sequence[str]) -> list[str]:
         before = load_config(path, others, Config).schedule
         factor = load_config(path, [*overrides, *without_times], Config).schedule.epochs / before.epochs
     except ConfigError:
-        return []  # said of the whole, in a moment
-    decays = [round(epoch * factor, 6) for epoch in before.decay.epochs]
-    return [f"schedule.warmup.epochs={before.warmup.epochs * factor:.6f}", f"schedule.decay.epochs={decays}"]
+        return []  # what is wrong is reported when the whole is read
+    if factor == 1:
+        return []
+    scaled = []
+    if before.warmup.kind != "none":
+        scaled.append(f"schedule.warmup.epochs={round(before.warmup.epochs * factor, 6):g}")
+    if before.decay.kind == "step":
+        scaled.append(f"schedule.decay.epochs={[round(epoch * factor, 6) for epoch in before.decay.epochs]}")
+    return scaled
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What keeps a run of `old` from being gone on with by `new`: one line for each value that differs."""
-    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
-    lines = []
-    for path in sorted(before.keys() | after.keys()):
-        free = any(path == key or path.startswith(key + ".") for key in _FREE_ON_RESUME)
-        if not free and before.get(path) != after.get(path):
-            lines.append(f"{path}: was {before.get(path)!r}, now {after.get(path)!r}")
-    return lines
+    """What keeps a run of `old` from being resumed by `new`: one line for each value that differs."""
+    before, after = dict(_fixed(old)), dict(_fixed(new))
+    return [
+        f"{path}: was {before[path]!r}, now {after[path]!r}" for path in sorted(before) if before[path] != after[path]
+    ]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+def _fixed(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values that may not differ when a run is resumed, by their paths."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if FREE_ON_RESUME in field.metadata:
+            continue
+        if isinstance(value, Section):
+            yield from _fixed(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield prefix + name, value

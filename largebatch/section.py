@@ -6,7 +6,24 @@ config). Free of torch, so that reading a config stays quick.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+T = TypeVar("T")
+
+FREE_ON_RESUME = "may differ when a run is resumed"
+FreeOnResume = Annotated[T, FREE_ON_RESUME]
+"""A field that changes no number, or only says how to resume."""
+
+
+def expanded(path: str) -> str:
+    """The path with ``~`` and ``$NAME`` replaced; a variable that is not set stays as it is, to be seen in messages."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+FolderName = Annotated[str, AfterValidator(expanded)]
 
 
 class Section(BaseModel):

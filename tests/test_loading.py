@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from largebatch.config import read_config
+from largebatch.config import Config, differences, read_config
 from largebatch.configfile.loading import digest, dump_config, load_config
 from largebatch.configfile.yamlcore import write_yaml
 from largebatch.errors import ConfigError
@@ -436,12 +436,17 @@ def _lines(text: str | bytes, *overrides: str) -> list[str]:
         ("data.root=/data/my set #2", "root", "/data/my set #2"),
         ("data.root=a: b", "root", "a: b"),
         ("data.root=~/sets", "root", str(Path.home() / "sets")),
+        ("data.root=$SETS/one", "root", "/sets/one"),
+        ("data.root=${SETS}/$no_such", "root", "/sets/$no_such"),
         ("data.train_images=1000.0", "train_images", 1000),
         ("data.train_images=1e3", "train_images", 1000),
         ("data.arguments={}", "arguments", {}),
     ],
 )
-def test_an_override_means_what_it_says(tmp_path: Path, override: str, key: str, value: object) -> None:
+def test_an_override_means_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, key: str, value: object
+) -> None:
+    monkeypatch.setenv("SETS", "/sets")
     (tmp_path / "c.yaml").write_text("data: {name: 'a.b:c', arguments: {x: 1.0}}\n")
     found = getattr(read_config(tmp_path / "c.yaml", [override]).data, key)
     assert found == value
@@ -453,6 +458,8 @@ def test_shorter_epochs_alone_shorten_warmup_and_decay(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("schedule: {epochs: 90}\n")
     schedule = read_config(tmp_path / "c.yaml", ["schedule.epochs=9"]).schedule
     assert (schedule.epochs, schedule.warmup.epochs, schedule.decay.epochs) == (9, 0.5, [3, 6, 8])
+    schedule = read_config(tmp_path / "c.yaml", ["schedule.epochs=180"]).schedule
+    assert (schedule.warmup.epochs, schedule.decay.epochs) == (10, [60, 120, 160])
     with pytest.raises(ConfigError, match=r"decay.epochs ends at 80, but training has only 9 epochs"):
         read_config(tmp_path / "c.yaml", ["schedule.epochs=9", "schedule.warmup.epochs=1"])
 
@@ -463,3 +470,20 @@ def test_resize_size_follows_image_size(tmp_path: Path) -> None:
     assert read_config(tmp_path / "c.yaml", ["data.image_size=224"]).data.short_side == 256
     with pytest.raises(ConfigError, match=r"every value must be in \[0, 1\], as of pixels divided by 255"):
         read_config(tmp_path / "c.yaml", ["data.mean=[127.5]"])
+
+
+def test_a_setting_says_itself_whether_it_may_differ_on_resume() -> None:
+    values = {
+        "batch": {"on_resize": "rescale"},
+        "checkpoint": {"keep": 5},
+        "health": {"straggler_factor": 3.0},
+        "logging": {"every_steps": 3},
+        "data": {"root": "moved", "prefetch": 2, "loader_processes": 1, "on_error": "skip", "on_change": "accept"},
+        "execution": {"device": "cpu", "bucket_mb": 1.0, "timeout_minutes": 1.0},
+    }
+    free = Config.model_validate(values)
+    assert differences(Config(), free) == []
+    assert differences(free, Config.model_validate({**values, "seed": 1, "model": {"arguments": {"a": 1}}})) == [
+        "model.arguments: was {}, now {'a': 1}",
+        "seed: was 0, now 1",
+    ]

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from largebatch.configfile.explain import COMMAND_LINE, Layer, explain
 from largebatch.configfile.yamlcore import MAX_DEPTH, read_plain, read_yaml, write_yaml
 from largebatch.errors import ConfigError
-from largebatch.section import Section
+from largebatch.section import Section, expanded
 from largebatch.wording import config_error, did_you_mean, show
 
 T = TypeVar("T", bound=Section)
@@ -81,7 +81,7 @@ def _file_layers(path: Path) -> list[Layer]:
         base = values.pop("extends")
         if not isinstance(base, str) or not base:
             raise config_error(str(path), "extends", f"{show(base)} is not the name of a file")
-        named_by, path = f"{path}: extends", path.parent / base
+        named_by, path = f"{path}: extends", path.parent / expanded(base)
 
 
 def _mapping_in(path: Path, named_by: str) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from largebatch.section import Section
+from largebatch.section import FolderName, FreeOnResume, Section
 
 IN_MEMORY = ("fashion-mnist", "mnist", "cifar10", "digits", "synthetic")
 FOLDERS = ("imagefolder", "imagenet")
@@ -70,8 +69,9 @@ class DataSettings(Section):
     """`fashion-mnist`, `mnist`, `cifar10`, `digits`, `imagefolder`, `imagenet`, `synthetic`, or
     `package.module:function` for your own, called with `arguments`; it returns (train, val)."""
 
-    root: str = "data"
-    """Folder that holds the data set; for `imagefolder` and `imagenet` the one with `train/` and `val/`."""
+    root: FreeOnResume[FolderName] = "data"
+    """Folder that holds the data set; for `imagefolder` and `imagenet` the one with `train/` and `val/`. `~` and
+    `$NAME` are expanded."""
 
     augmentation: Augmentation = Augmentation()
     """How training images are varied."""
@@ -89,17 +89,17 @@ class DataSettings(Section):
     std: PerChannel | None = None
     """Standard deviation of each channel in [0, 1], instead of the set's own."""
 
-    loader_processes: int = Field(default=2, ge=0)
+    loader_processes: FreeOnResume[int] = Field(default=2, ge=0)
     """Pictures from files: decoding processes for each rank; 0 decodes in the training process."""
 
-    prefetch: PositiveInt = 4
+    prefetch: FreeOnResume[PositiveInt] = 4
     """Pictures from files: passes that each loader process keeps ready."""
 
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: FreeOnResume[Literal["stop", "skip"]] = "stop"
     """Image files that cannot be read: `stop`, naming the file; or `skip`, which takes the next good one in its place
     (the same on any number of ranks; in validation none), names each file once and counts."""
 
-    on_change: Literal["refuse", "accept"] = "refuse"
+    on_change: FreeOnResume[Literal["refuse", "accept"]] = "refuse"
     """When a run is resumed or evaluated on other data than it was trained on (classes, file names or sizes): refuse,
     or accept, knowing that its figures are not comparable."""
 
@@ -149,8 +149,3 @@ class DataSettings(Section):
     def short_side(self) -> int:
         """Pixels of a validation image's short side before the centre crop."""
         return self.resize_size or round(self.image_size * 256 / 224)
-
-    @field_validator("root")
-    @classmethod
-    def _home(cls, root: str) -> str:
-        return os.path.expanduser(root)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from largebatch.errors import ConfigError
-from largebatch.section import Section
+from largebatch.section import FreeOnResume, Section
 
 
 class BatchSettings(Section):
@@ -23,7 +23,7 @@ class BatchSettings(Section):
     larger ('cancelling k', wrong with weight decay)."""
     shuffle: Literal["once", "per_worker"] = "once"
     """once: one shuffle an epoch, divided among the workers (remark 4); per_worker: remark 4 done wrong."""
-    on_resize: Literal["keep", "rescale"] = "keep"
+    on_resize: FreeOnResume[Literal["keep", "rescale"]] = "keep"
     """When a run goes on with another number of ranks. keep: they share the same virtual workers, and nothing else
     changes; rescale: each rank keeps as many as it had, so kn changes, and with it the learning rate by its rule."""
 

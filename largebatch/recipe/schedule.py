@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from largebatch.section import Section
+from largebatch.section import FreeOnResume, Section
 
 
 class WarmupSettings(Section):
@@ -54,7 +54,7 @@ class ScheduleSettings(Section):
     decay: DecaySettings = DecaySettings()
     epochs: float = Field(90.0, gt=0, le=1e6)
     """Length of the training, in epochs; rounded to whole steps."""
-    resize_ramp_epochs: float = Field(0.25, ge=0)
+    resize_ramp_epochs: FreeOnResume[float] = Field(0.25, ge=0)
     """With `batch.on_resize: rescale`, how long the learning rate takes, in epochs, from the old minibatch's to that
     of a larger one; a lower one is taken at once."""
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from largebatch.section import Section
+from largebatch.section import FreeOnResume, Section
 
 
 class OptimizerSettings(Section):
@@ -56,9 +56,9 @@ class BatchNormSettings(Section):
 class ExecutionSettings(Section):
     """Device, precision, and how the ranks work together."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: FreeOnResume[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: the GPUs if there are any."""
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    backend: FreeOnResume[Literal["auto", "nccl", "gloo"]] = "auto"
     """How the ranks talk to each other. auto: nccl if every rank of a machine has a GPU of its own, else gloo."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32; bf16: autocast; fp16: autocast with dynamic loss scaling."""
@@ -75,16 +75,16 @@ class ExecutionSettings(Section):
     threads: int = Field(1, ge=1, le=1024)
     """Intra-op threads of each rank. Part of the rounding on CPUs, so it comes from here and not from
     OMP_NUM_THREADS; to use more cores, rather start more ranks."""
-    bucket_mb: float | None = Field(None, gt=0)
+    bucket_mb: FreeOnResume[float | None] = Field(None, gt=0)
     """Size of DDP's gradient buckets, in MiB; null for DDP's own choice: a small first one, then 25."""
-    static_graph: bool = False
+    static_graph: FreeOnResume[bool] = False
     """Tell DDP that every step runs the same graph; only where each rank runs one pass a step."""
-    gradient_as_bucket_view: bool = False
+    gradient_as_bucket_view: FreeOnResume[bool] = False
     """Let gradients lie in DDP's buckets, which saves a copy of them."""
     compression: Literal["none", "fp16", "bf16"] = "none"
     """Round gradients to 16 bits before they are sent, and add them so: half the bytes, other numbers. Needs
     `reduction: fast`, since a rank rounds what it has added up, which depends on the number of ranks."""
-    timeout_minutes: float = Field(10.0, gt=0, le=1e6)
+    timeout_minutes: FreeOnResume[float] = Field(10.0, gt=0, le=1e6)
     """How long a rank waits for the others before it gives up."""
 
     @model_validator(mode="after")
