@@ -131,7 +131,7 @@ def plan(
         config = run.resolve() / "config.yaml"
     elif config is None or run is not None:
         raise UserError("give either a CONFIG to plan, or --from RUN, a run folder that measured its noise scale")
-    loaded = _load(config, overrides)
+    loaded = _load(config, overrides).for_ranks(ranks)
     train_images, val_images = _images_of(loaded)
     name = config.parent.name if run else config.stem
     made = make_plan(loaded, name=name, world_size=ranks, train_images=train_images, val_images=val_images)
@@ -199,7 +199,7 @@ def benchmark(
         ranks_per_node=ranks_per_node,
     )
     folder = run_dir or Path("runs") / f"benchmark_{config.stem}"
-    run_benchmark(loaded, options, launch, folder, command=shlex.join(sys.argv[1:]))
+    run_benchmark(loaded.for_ranks(launch.world_size), options, launch, folder, command=shlex.join(sys.argv[1:]))
 
 
 @app.command()
@@ -218,7 +218,7 @@ def doctor(
     from largebatch.doctor.examine import examine
 
     findings = []
-    for finding in examine(loaded, run_dir, ranks):
+    for finding in examine(loaded and loaded.for_ranks(ranks or 1), run_dir, ranks):
         findings.append(finding)
         if not as_json:
             print(finding.line(), flush=True)

@@ -61,6 +61,11 @@ class Config(Section):
                 "0, or lower execution.workers_per_pass"
             )
 
+    def for_ranks(self, world_size: int) -> Config:
+        """This config with the k that it means on so many ranks. Raises ConfigError if the rest does not fit that."""
+        each = self.batch.workers_per_rank
+        return self if each is None else self.with_workers(each * world_size)
+
     def with_workers(self, virtual_workers: int) -> Config:
         """This config with another k. Raises ConfigError if the rest of it does not fit that."""
         batch = self.batch.model_copy(update={"virtual_workers": virtual_workers})

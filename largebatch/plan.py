@@ -30,6 +30,8 @@ class Plan:
     name: str
     world_size: int
     virtual_workers: int
+    workers_per_rank: int | None
+    """Where k follows N: virtual workers for each rank."""
     images_per_worker: int
     global_batch: int
     workers_per_pass: int
@@ -79,6 +81,7 @@ def make_plan(
         name=name,
         world_size=world_size,
         virtual_workers=batch.virtual_workers,
+        workers_per_rank=batch.workers_per_rank,
         images_per_worker=batch.images_per_worker,
         global_batch=order.global_batch,
         workers_per_pass=config.execution.workers_per_pass,
@@ -203,10 +206,11 @@ def describe(plan: Plan) -> str:
         if plan.decay_kind == "cosine"
         else "none"
     )
+    follows = f" ({plan.workers_per_rank} for each of the ranks)" if plan.workers_per_rank else ""
     rows = [
         (
             "minibatch kn",
-            f"{plan.global_batch} = {plan.virtual_workers} virtual workers x {plan.images_per_worker} images",
+            f"{plan.global_batch} = {plan.virtual_workers} virtual workers{follows} x {plan.images_per_worker} images",
         ),
         (
             "ranks N",

@@ -32,6 +32,8 @@ def go_on(
     resize = Resize(**state.resize) if state.resize else None
     if resize is not None:
         config = config.with_workers(resize.virtual_workers)
+    elif config.batch.workers_per_rank is not None:  # k is that of the ranks it started on, until it is rescaled
+        config = config.with_workers(state.virtual_workers)
     if config.data.on_change == "refuse":
         check_data(state.data, data)
     order = make_order(config, train_images, resize)

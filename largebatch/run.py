@@ -51,7 +51,7 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
     before any process group exists where it can be told without the others, and HealthError.
     """
     folder = RunFolder(run_dir)
-    _check_before_start(config, folder, resume, launch)
+    _check_before_start(config.for_ranks(launch.world_size), folder, resume, launch)
     agent = os.getppid() if launch.launcher == "torchrun" else None
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(
@@ -109,7 +109,8 @@ def _train_connected(
     data = ranks.broadcast(checkpoints.newest(_warn) if ranks.is_main else None)
     state = None if data is None else deserialise(data, ranks.device)
     images = sources[0].images
-    current, resize = go_on(config, state, world_size=ranks.world_size, train_images=images, data=seen)
+    resolved = config.for_ranks(ranks.world_size)
+    current, resize = go_on(resolved, state, world_size=ranks.world_size, train_images=images, data=seen)
     plan = make_plan(
         current,
         name=name,
@@ -135,6 +136,11 @@ def _train_connected(
                 progress.note(f"warning: {slow}")
             if done:
                 progress.note(f"going on from step {done} of {total}")
+            if current.batch.virtual_workers != resolved.batch.virtual_workers and resize is None:
+                progress.note(
+                    f"k stays {current.batch.virtual_workers}, as before the stop, though batch.workers_per_rank would "
+                    f"make it {resolved.batch.virtual_workers} on {ranks.world_size} ranks (batch.on_resize: keep)"
+                )
             if state is not None and trainer.resize is not None and done == trainer.resize.step:
                 progress.note(describe_resize(state, plan, trainer.resize))
             trainer.run(writer, progress)

@@ -255,6 +255,7 @@ def state() -> TrainState:
         data={"training set": {"images": 7, "class_names": ["a", "b"], "fingerprint": "cd"}},
         skipped_steps=1,
         skipped_images=2,
+        virtual_workers=4,
         world_size=2,
         resize=None,
         model=model.state_dict(),

@@ -121,3 +121,31 @@ def test_workers_that_do_not_come_out_even_are_refused(
     assert [outcome.status for outcome in outcomes] == [2] * world_size
     assert "8 on 3 ranks came out uneven" in outcomes[0].err
     assert not any("Traceback" in outcome.err for outcome in outcomes)
+
+
+def test_k_that_follows_the_ranks(tmp_path: Path) -> None:
+    small = [option for option in SMALL if not option.startswith("batch=")]
+    follow = ["batch={virtual_workers: null, workers_per_rank: 2, images_per_worker: 4}", "checkpoint.keep=99"]
+
+    def train(run: Path, ranks: int, *options: str) -> str:
+        outcomes = call_on(ranks, "train", DIGITS, "--run-dir", run, *small, *options)
+        assert [outcome.status for outcome in outcomes] == [0] * ranks, outcomes
+        return outcomes[0].out
+
+    train(tmp_path / "follows", 2, *follow)
+    train(tmp_path / "fixed", 1, "batch={virtual_workers: 4, images_per_worker: 4}")
+    assert tensor_hashes(tmp_path / "follows") == tensor_hashes(tmp_path / "fixed")
+    assert summary(tmp_path / "follows")["peak_lr"] == summary(tmp_path / "fixed")["peak_lr"] == pytest.approx(0.1)
+    # On another number of ranks it stays what it was, or follows, as `on_resize` says.
+    kept = stopped_after(tmp_path / "follows", 6, tmp_path / "kept")
+    assert "k stays 4, as before the stop, though batch.workers_per_rank would make it 6 on 3 ranks" in train(
+        kept, 3, *follow
+    )
+    assert tensor_hashes(kept) == tensor_hashes(tmp_path / "fixed")
+    followed = stopped_after(tmp_path / "follows", 6, tmp_path / "followed")
+    assert "minibatch of 24 images" in train(followed, 3, *follow, "batch.on_resize=rescale")
+    planned = call("plan", DIGITS, *small, *follow, "--ranks", "6")
+    assert "48 = 12 virtual workers (2 for each of the ranks) x 4 images" in planned.out
+    both = call("plan", DIGITS, "batch.workers_per_rank=1")
+    assert both.status == 2
+    assert "virtual_workers 8 and workers_per_rank 1 are both set" in both.err

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from largebatch.errors import ConfigError
 from largebatch.section import FreeOnResume, Section
@@ -16,6 +16,9 @@ class BatchSettings(Section):
 
     virtual_workers: int = Field(8, ge=1)
     """k: virtual workers per step; the ranks share them, so N may be anything from 1 to k."""
+    workers_per_rank: int | None = Field(None, ge=1)
+    """Instead of `virtual_workers`: k is so many times the number of ranks that the run starts on, and with kn the
+    learning rate follows the number of GPUs, as in the paper (1: each GPU is a worker). Results then depend on N."""
     images_per_worker: int = Field(32, ge=1)
     """n: images that one virtual worker normalises together (the paper: 32)."""
     loss_mean_over: Literal["global_batch", "images_per_worker"] = "global_batch"
@@ -26,6 +29,25 @@ class BatchSettings(Section):
     on_resize: FreeOnResume[Literal["keep", "rescale"]] = "keep"
     """When a run goes on with another number of ranks. keep: they share the same virtual workers, and nothing else
     changes; rescale: each rank keeps as many as it had, so kn changes, and with it the learning rate by its rule."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_two(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("workers_per_rank") is not None:
+            if values.get("virtual_workers") is not None:
+                raise ValueError(
+                    f"virtual_workers {values['virtual_workers']} and workers_per_rank {values['workers_per_rank']} "
+                    "are both set, and each says how many virtual workers there are; set one of them to null"
+                )
+            values = {key: value for key, value in values.items() if key != "virtual_workers"}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _only_one(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialise(self)
+        if self.workers_per_rank is not None:
+            del values["virtual_workers"]  # it follows, once N is known
+        return values
 
     @model_validator(mode="after")
     def _resize_fits(self) -> BatchSettings:

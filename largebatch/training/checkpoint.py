@@ -36,6 +36,8 @@ class TrainState:
     """Updates left out so far."""
     skipped_images: int
     """Training images that another stood in for so far."""
+    virtual_workers: int
+    """k of the newest step."""
     world_size: int
     """Ranks that trained up to here."""
     resize: dict[str, Any] | None

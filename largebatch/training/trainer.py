@@ -125,6 +125,7 @@ class Trainer:
             data=self.data,
             skipped_steps=self.skipped_steps,
             skipped_images=skipped_images,
+            virtual_workers=self.virtual.virtual_workers,
             world_size=self.ranks.world_size,
             resize=asdict(self.resize) if self.resize else None,
             model=self.virtual.model.state_dict(),
