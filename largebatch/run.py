@@ -19,6 +19,7 @@ from largebatch.data.load import load
 from largebatch.data.source import ImageSource
 from largebatch.data.source import describe as describe_data
 from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.distributed.kernels import allow_tf32, describe_device
 from largebatch.distributed.roll_call import name_lost_ranks
 from largebatch.errors import HealthError, UserError
 from largebatch.models.build import build
@@ -102,6 +103,7 @@ def _check_before_start(config: Config, folder: RunFolder, resume: str, launch: 
 def _train_connected(
     config: Config, folder: RunFolder, name: str, ranks: Ranks, stop_request: StopRequest
 ) -> dict[str, Any]:
+    allow_tf32(config.execution.tf32)
     sources = load(config.data, seed=config.seed, device=ranks.device)
     seen = {part: describe_data(source) for part, source in zip(DATA_PARTS, sources, strict=True)}
     check_alike({part: found["fingerprint"] for part, found in seen.items()}, ranks)
@@ -122,6 +124,7 @@ def _train_connected(
     notes: list[str] = []
     trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize, note=notes.append)
     trainer.stop_request, trainer.data = stop_request, seen
+    trainer.devices = sorted(set(ranks.gather(describe_device(ranks.device))))
     if state is not None:
         trainer.restore(state)
     first_step = trainer.step + 1 if data is not None else 0
@@ -134,8 +137,18 @@ def _train_connected(
             slow = slow_precision(config.execution.precision, ranks.device)
             if slow:
                 progress.note(f"warning: {slow}")
+            if len(trainer.devices) > 1:
+                progress.note(
+                    f"warning: the ranks compute on different devices ({'; '.join(trainer.devices)}): the result may "
+                    "differ in its last bits from that of equal ones, and depends on which rank has which"
+                )
             if done:
                 progress.note(f"going on from step {done} of {total}")
+            if state is not None and state.devices != trainer.devices:
+                progress.note(
+                    f"warning: resumed on {'; '.join(trainer.devices)}, after {'; '.join(state.devices)}: the last "
+                    "bits may differ from those of a run without a stop"
+                )
             if current.batch.virtual_workers != resolved.batch.virtual_workers and resize is None:
                 progress.note(
                     f"k stays {current.batch.virtual_workers}, as before the stop, though batch.workers_per_rank would "
@@ -291,6 +304,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], launch: Launch) -> dic
         _, validation = load(config.data, seed=config.seed, device=ranks.device)
         if config.data.on_change == "refuse":
             check_data(folder.data(), {DATA_PARTS[1]: describe_data(validation)})
+        allow_tf32(execution.tf32)
         model = build_model(config, validation, ranks)
         folder.load_weights(model, ranks.device, warn=_log.warning if ranks.is_main else _log.debug)
         return evaluate(

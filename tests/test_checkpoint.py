@@ -253,6 +253,7 @@ def state() -> TrainState:
         images_consumed=70,
         order_fingerprint="ab",
         data={"training set": {"images": 7, "class_names": ["a", "b"], "fingerprint": "cd"}},
+        devices=["CPU with AVX2"],
         skipped_steps=1,
         skipped_images=2,
         virtual_workers=4,

@@ -3,7 +3,7 @@
 A record is a flat dict with ``step`` (the number of updates done when it was written), ``epoch``, and any of
 ``train/loss, train/top1_error, lr, global_batch, images_per_second, data_wait, compute, slowest_rank, slowdown,
 skipped_steps, overflowed_steps, skipped_images, gradient_noise_scale (images), gradient_noise, gradient_squared_norm,
-val/loss, val/top1_error, val/top5_error, val/skipped_images``.
+val/loss, val/top1_error, val/top5_error, val/skipped_images, weights_sha256``.
 ``metrics.jsonl`` is the truth: after a stop it is cut back to the checkpoint, and ``tensorboard/`` is rebuilt
 from what is left.
 """
@@ -22,14 +22,14 @@ from largebatch.report.files import write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-_NOT_A_SCALAR = ("step", "time")
+_NOT_A_SCALAR = ("step", "time", "weights_sha256")
 _OWN_EVENTS = ".largebatch"  # ends the names of our event files
 
 
 class MetricsWriter(Protocol):
     """What takes the records of a run."""
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Take one record; ``record["step"]`` is larger than in the record before."""
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 class _NoWriter:
     """Off the main rank: takes every record and does nothing."""
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         pass
 
     def close(self) -> None:
@@ -84,10 +84,10 @@ class _RunWriter:
         self._scalars = _rebuild_tensorboard(run_dir / TENSORBOARD_FOLDER, kept)
         self._last_step = kept[-1]["step"] if kept else -1
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         assert record["step"] > self._last_step, f"step {record['step']} after {self._last_step}"
         self._last_step = record["step"]
-        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        finite = {key: v if isinstance(v, str) or math.isfinite(v) else None for key, v in record.items()}
         line = finite | {"time": time.time()}
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()  # a killed process loses what it held itself, not what the system holds

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -30,7 +30,7 @@ _SHOWN: dict[str, str] = {
 class Progress:
     """The display of a run. This one shows nothing: it is what every rank but the main one has."""
 
-    def update(self, record: dict[str, float]) -> None:
+    def update(self, record: dict[str, Any]) -> None:
         """Show a metric record (see `largebatch.report.metrics`)."""
 
     def note(self, text: str) -> None:
@@ -76,7 +76,7 @@ class BarProgress(Progress):
         self._task = self._bar.add_task("", total=total_steps, completed=steps_done)
         self._bar.start()
 
-    def update(self, record: dict[str, float]) -> None:
+    def update(self, record: dict[str, Any]) -> None:
         self._bar.figures = "  ".join(_figures(record))
         self._bar.update(self._task, completed=record["step"])
         if _is_evaluation(record):
@@ -116,7 +116,7 @@ class LineProgress(Progress):
         self._started = clock()
         self._last_line: float | None = None
 
-    def update(self, record: dict[str, float]) -> None:
+    def update(self, record: dict[str, Any]) -> None:
         now = self._clock()
         step = int(record["step"])
         is_due = self._last_line is None or now - self._last_line >= _SECONDS_BETWEEN_LINES
@@ -136,9 +136,9 @@ class LineProgress(Progress):
         return [f"time left {timedelta(seconds=round(pace * (self._total_steps - step)))}"]
 
 
-def _figures(record: dict[str, float]) -> list[str]:
+def _figures(record: dict[str, Any]) -> list[str]:
     return [form.format(record[key]) for key, form in _SHOWN.items() if key in record]
 
 
-def _is_evaluation(record: dict[str, float]) -> bool:
+def _is_evaluation(record: dict[str, Any]) -> bool:
     return any(key.startswith("val/") for key in record)

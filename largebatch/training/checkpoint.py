@@ -32,6 +32,8 @@ class TrainState:
     """Hash of the shuffle of the epoch that `step` stands in."""
     data: dict[str, dict[str, Any]]
     """What it was trained on (`largebatch.data.source.describe`), by part."""
+    devices: list[str]
+    """What the ranks computed on."""
     skipped_steps: int
     """Updates left out so far."""
     skipped_images: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -38,6 +39,15 @@ def check_replicas(model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step
         "device is not to be trusted. Start the same command again without it: the run goes on from the newest "
         "checkpoint, which was written while all replicas agreed"
     )
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 (hex) of the model's weights and buffers, which is that of the same tensors in its `model.pt`."""
+    hashed = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        hashed.update(name.encode())
+        hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -62,6 +62,8 @@ class ExecutionSettings(Section):
     """How the ranks talk to each other. auto: nccl if every rank of a machine has a GPU of its own, else gloo."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32; bf16: autocast; fp16: autocast with dynamic loss scaling."""
+    tf32: bool = False
+    """On GPUs, let fp32 round its factors to 10 bits, which is faster; part of the rounding."""
     channels_last: bool = False
     """Keep images and weights in the memory order NHWC, which tensor cores and bf16 prefer."""
     compile: bool = False

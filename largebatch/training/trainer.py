@@ -29,7 +29,7 @@ from largebatch.training.interval import Interval
 from largebatch.training.optimizer import restore_optimizer
 from largebatch.training.precision import make_autocast, make_loss_scale
 from largebatch.training.preemption import StopRequest
-from largebatch.training.replicas import check_replicas
+from largebatch.training.replicas import check_replicas, digest_of
 from largebatch.training.saver import BackgroundSaver
 from largebatch.training.settings import (
     CheckpointSettings,
@@ -80,6 +80,8 @@ class Trainer:
     """Raised by a signal: the ranks then stop together after a step, with a checkpoint."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What the sources hold, for a later resume to compare."""
+    devices: list[str] = field(default_factory=list)
+    """What the ranks compute on."""
     skipped_steps: int = 0
     """Updates left out so far, since they were not finite or not exact."""
     skipped_images: int = 0
@@ -95,6 +97,8 @@ class Trainer:
     recent_top1_errors: list[float] = field(default_factory=list)
     """Validation errors (percent) of the last five evaluations, newest last."""
     last_validation: dict[str, float] = field(default_factory=dict)
+    weights_sha256: str = ""
+    """Of the weights and BatchNorm statistics that were evaluated last: equal for equal bits."""
     seconds: float = 0.0
     """Time in `run`, over all restarts."""
     train_seconds: float = 0.0
@@ -123,6 +127,7 @@ class Trainer:
             images_consumed=self.order.images_consumed(self.step),
             order_fingerprint=self.order.fingerprint(self.order.epoch_of(self.step)),
             data=self.data,
+            devices=self.devices,
             skipped_steps=self.skipped_steps,
             skipped_images=skipped_images,
             virtual_workers=self.virtual.virtual_workers,
@@ -178,7 +183,7 @@ class Trainer:
                     evaluates, saves = evaluations.due(self.step), self._saves_after(facts)
                     if saves:
                         facts = self._settle(facts)
-                    record: dict[str, float] = {}
+                    record: dict[str, Any] = {}
                     if evaluates or logs.due(self.step):
                         record = self._read_interval(clock, batches, progress)
                     clock.pause()
@@ -337,7 +342,7 @@ class Trainer:
         self._saver.wait()
         return self.ranks.broadcast(self.checkpoints.newest_step() if self.ranks.is_main else None)
 
-    def _write(self, record: dict[str, float], writer: MetricsWriter) -> None:
+    def _write(self, record: dict[str, Any], writer: MetricsWriter) -> None:
         try:
             writer.write(record)
         except OSError as error:  # as with a checkpoint: all ranks learn of it with the next step
@@ -373,7 +378,7 @@ class Trainer:
             "warm up longer, look at the images, or skip such steps with health.on_not_finite=skip"
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         with self.evaluation_statistics():
             self.last_validation = evaluate(
                 self.virtual.model,
@@ -383,8 +388,10 @@ class Trainer:
                 autocast=self.autocast,
                 memory_format=self.memory_format,
             )
+            self.weights_sha256 = digest_of(self.virtual.model)
         self.recent_top1_errors = [*self.recent_top1_errors, self.last_validation["val/top1_error"]][-5:]
-        return {key: value for key, value in self.last_validation.items() if key != "val/images"}
+        shown = {key: value for key, value in self.last_validation.items() if key != "val/images"}
+        return shown | {"weights_sha256": self.weights_sha256}
 
     @contextlib.contextmanager
     def evaluation_statistics(self) -> Iterator[None]:
@@ -406,7 +413,7 @@ class Trainer:
         yield
         batchnorm.write(running)
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished run."""
         images = self.order.images_consumed(self.step)
         skipped = self.last_validation.get("val/skipped_images", 0)
@@ -421,6 +428,7 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "global_batch": self.order.global_batch,
             "peak_lr": self.schedule.peak_lr,
+            "weights_sha256": self.weights_sha256,
             **({"skipped_images": int(skipped)} if skipped else {}),
             **({"skipped_train_images": skipped_train} if skipped_train else {}),
             **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),

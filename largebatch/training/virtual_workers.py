@@ -13,6 +13,7 @@ from torch.futures import Future
 from largebatch.distributed.allreduce import AllReduce, BackendAllReduce
 from largebatch.distributed.environment import Ranks
 from largebatch.distributed.gradients import REDUCTIONS, GradientExchange, synchronise, wrap
+from largebatch.distributed.kernels import deterministic
 from largebatch.distributed.reductions import Outcome
 from largebatch.distributed.small_sums import decode, encode
 from largebatch.errors import ConfigError, UserError
@@ -81,9 +82,8 @@ class VirtualWorkers:
         self.deal = deal_equally(virtual_workers, workers_per_pass, ranks.world_size)
         self._leaves = self.deal.leaves
         self._generators = Generators(ranks.device, seed)
-        if reduction == "reproducible" and ranks.device.type == "cuda":
-            # Kernels that add in an order of their own would undo what the exact sum promises.
-            torch.use_deterministic_algorithms(True, warn_only=True)
+        # Kernels that add in an order of their own would undo what the exact sum promises.
+        self._deterministic = reduction == "reproducible"
         groups = 1 if batchnorm_over == "pass" else workers_per_pass
         self.batchnorm = BatchNormStatistics(model, workers_per_pass=groups, momentum=batchnorm_momentum)
         self.own_compute = make_stopwatch(ranks.device)
@@ -156,7 +156,8 @@ class VirtualWorkers:
         self._small, self._total, self._open = None, None, True
         passes = self._passes(step, loss_scale)
         try:
-            yield passes
+            with deterministic(self._ranks.device, wanted=self._deterministic):
+                yield passes
             self._check_pass(step)
             if self._pass is None or not self._pass.last:
                 raise UserError(
