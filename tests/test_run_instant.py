@@ -23,6 +23,7 @@ FILES = {
     "config.yaml",
     "plan.json",
     "environment.json",
+    "inference.json",
     "metrics.jsonl",
     "tensorboard",
     "checkpoints",
