@@ -306,11 +306,14 @@ def reproduce_report(
     readme: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also renew this file's block between the markers.")
     ] = None,
+    from_json: Annotated[
+        bool, typer.Option("--from-json", help="From the JSON of an earlier report instead of runs.")
+    ] = False,
 ) -> None:
-    """Write tables, pictures and the JSON that they are made of, from the runs that have ended."""
+    """Write tables, plots and the JSON that they are made of, from the runs that have ended."""
     from largebatch.reproduce.command import report
 
-    report(experiments, _scale(scale), out, into, readme)
+    report(experiments, _scale(scale), out, into, readme, from_json=from_json)
 
 
 def _scale(name: str) -> Any:

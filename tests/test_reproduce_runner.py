@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from run_folders import ROOT, call, tensor_hashes
 
-from largebatch.reproduce.plots import draw
+from largebatch.reproduce.plots import _within, draw_plots
 
 BASE = ROOT / "configs/reproduce/base/smoke.yaml"
 EXPERIMENT = f"""
@@ -167,9 +167,22 @@ def test_the_readme_gets_a_block_and_nothing_else(experiment: Path, tmp_path: Pa
     first = readme.read_text()
     assert first.startswith("before\n<!-- reproduce:begin -->\n**Small** (Nowhere), scale `smoke`:\n\n| row |")
     assert first.endswith("\n<!-- reproduce:end -->\nafter\n")
-    assert "old" not in first
+    assert "\nold\n" not in first
+    assert "- *large*: cannot tell, since *small*" in first  # no seed learns that much in so few steps
     assert call("reproduce", "report", *asked, *into).status == 0
     assert readme.read_text() == first
+
+    # The same from the report's own JSON, without the runs; the recorded command has the path of an own experiment.
+    files = report(experiment, tmp_path / "out", tmp_path / "into")
+    (tmp_path / "into/smoke/small_size.png").unlink()
+    nowhere = arguments(experiment, tmp_path / "nowhere")
+    assert call("reproduce", "report", *nowhere, *into, "--from-json").status == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "into/smoke").iterdir()} == files
+    assert f"`largebatch reproduce run {experiment} --scale smoke`" in files["small.md"].decode()
+    assert json.loads(files["small.json"])["trained"]["data"] == "digits"
+    empty = call("reproduce", "report", *nowhere, "--into", tmp_path / "empty", "--from-json")
+    assert (empty.status, empty.err.count("\n")) == (2, 1)
+    assert "small.json is not the JSON of a report" in empty.err
 
     readme.write_text("no markers\n")
     failed = call("reproduce", "report", *asked, *into)
@@ -209,17 +222,23 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
     assert "no run has finished yet" in nothing.err
 
 
+def test_what_is_drawn_stays_within_what_can_be() -> None:
+    assert _within(98.0, 5.0, "top1_error") == (93.0, 100.0)
+    assert _within(98.0, 5.0, "train_loss") == (93.0, 103.0)
+    assert _within(1.0, 5.0, "train/loss") == (0.0, 6.0)
+
+
 def test_rows_that_share_a_place_in_a_sweep_are_all_drawn(tmp_path: Path) -> None:
     runs = [{"state": "finished"}, {"state": "diverged"}]
-    row = {"line": "", "peak_lr": 0.1, "paper": {"mean": 2.0, "std": None, "n": 5}, "runs": runs}
+    row = {"line": "", "global_batch": 8, "peak_lr": 0.1, "paper": {"mean": 2.0, "std": None, "n": 5}, "runs": runs}
     rows = [{**row, "name": str(mean), "result": {"mean": mean, "std": 0.1, "n": 3}} for mean in (4.0, 3.0)]
     rows.append({**row, "name": "nothing yet", "result": None})
     result = {
         "experiment": "tie",
         "scale": "smoke",
-        "settings": {"title": "Tie", "measure": "top1_error"},
-        "plots": [{"name": "sweep", "kind": "sweep", "x": "peak_lr", "rows": []}],
+        "settings": {"title": "$Tie_$", "measure": "top1_error", "reference": "4.0"},
+        "plots": [{"name": kind, "kind": kind, "x": "peak_lr", "rows": []} for kind in ("sweep", "dots")],
         "rows": rows,
     }
-    assert draw(result, tmp_path) == ["tie_sweep.png"]
+    assert draw_plots(result, tmp_path, pytest.fail) == ["tie_sweep.png", "tie_dots.png"]
     assert (tmp_path / "tie_sweep.png").read_bytes().startswith(b"\x89PNG")

@@ -11,9 +11,17 @@ import pytest
 from largebatch.reproduce.curves import early_sign, read_curve
 from largebatch.reproduce.knee import find_knee
 from largebatch.reproduce.settings import Expectation, PaperValue
-from largebatch.reproduce.statistics import Sample, Welch, incomplete_beta, sample, two_sided_p, welch
+from largebatch.reproduce.statistics import Sample, Welch, sample, two_sided_p, welch
 from largebatch.reproduce.tables import readme_block
-from largebatch.reproduce.verdict import best_of_lines, check_expectation, compare_order, paper_sample, verdict
+from largebatch.reproduce.verdict import (
+    best_of_lines,
+    cannot_tell,
+    check_expectation,
+    compare_order,
+    is_at_chance,
+    paper_sample,
+    verdict,
+)
 
 
 def tail_by_integration(t: float, degrees: float) -> float:
@@ -39,13 +47,6 @@ def test_p_is_the_area_under_the_density(t: float, degrees: float) -> None:
 @pytest.mark.parametrize(("t", "degrees"), [(12.706, 1), (4.303, 2), (2.776, 4), (2.228, 10), (2.042, 30)])
 def test_p_at_the_critical_values_of_the_tables(t: float, degrees: int) -> None:
     assert two_sided_p(t, degrees) == pytest.approx(0.05, abs=5e-5)  # the tables round t
-
-
-def test_the_incomplete_beta_function_where_it_is_known() -> None:
-    assert incomplete_beta(1, 1, 0.3) == pytest.approx(0.3)
-    assert incomplete_beta(2, 3, 0.4) == pytest.approx(6 * 0.4**2 - 8 * 0.4**3 + 3 * 0.4**4)
-    assert incomplete_beta(5, 2, 0) == 0
-    assert incomplete_beta(5, 2, 1) == 1
 
 
 def test_welch_on_a_worked_example() -> None:
@@ -196,3 +197,22 @@ def test_time_counts_a_run_that_experiments_share_once() -> None:
     assert "`remarks`, `warmup` together: 3 runs of 0:01:15 in all" in words
     assert "`minibatch-size` adds 1 runs of 0:00:30 in all" in words
     assert "`minibatch-size` together: 2 runs of 0:01:30 in all." in readme_block(results[:1], "x")
+
+
+def test_at_chance_level_nothing_can_be_told() -> None:
+    chance, guess, learned = 90.0, Sample(89.5, 0.3, 3), Sample(20.0, 0.3, 3)
+    assert [is_at_chance(s, chance) for s in (guess, learned, None)] == [True, False, False]
+    assert not is_at_chance(guess, None)
+    assert cannot_tell("reference")["agrees"] == "open"
+    assert cannot_tell("reference")["words"].startswith("cannot tell, since")
+    worse = {**lr_row("b", "one", 0.2, 90.0), "at_chance": True, "paper_sample": Sample(20.0, 0.1, 5)}
+    better = {**lr_row("a", "one", 0.1, 88.0), "at_chance": True, "paper_sample": Sample(10.0, 0.1, 5)}
+    found = compare_order([better, worse])
+    assert found is not None
+    assert (found["same"], found["undecided"]) == (0, 1)
+    rows = {"a": better, "b": worse}
+    assert check_expectation(Expectation(lower="a", than="b"), rows)["agrees"] == "open"
+    assert best_of_lines([better, worse]) == []
+    knee = find_knee([{**size_row(256, 0, 1), "at_chance": True}, size_row(512, 1, 0.01)], "256", 500.0)
+    assert knee["measured"] is None
+    assert knee["words"].startswith("Cannot tell")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from largebatch.data.catalog import whole_set
 from largebatch.errors import UserError
 from largebatch.reproduce.curves import Curve, early_sign, over_seeds, read_curve
 from largebatch.reproduce.folders import Folders, images_of, schedule_of, steps_of
@@ -17,7 +19,15 @@ from largebatch.reproduce.grid import Grid, Run, training_code_digest
 from largebatch.reproduce.knee import find_knee, noise_scale_of
 from largebatch.reproduce.settings import Row
 from largebatch.reproduce.statistics import Sample, sample, welch
-from largebatch.reproduce.verdict import best_of_lines, check_expectation, compare_order, paper_sample, verdict
+from largebatch.reproduce.verdict import (
+    best_of_lines,
+    cannot_tell,
+    check_expectation,
+    compare_order,
+    is_at_chance,
+    paper_sample,
+    verdict,
+)
 from largebatch.reproduce.weights import weight_distance
 
 
@@ -25,10 +35,10 @@ def collect(grid: Grid, folders: Folders) -> dict[str, Any]:
     """Everything that the report of an experiment says, as JSON can hold it. Raises UserError if no run has ended."""
     rows = {row.name: _row(row, grid, folders) for row in grid.experiment.rows_at(grid.scale)}
     if not any(run["state"] == "finished" for row in rows.values() for run in row["runs"]):
-        raise UserError(
-            f"{grid.name} at scale {grid.scale}: no run has finished yet; start: largebatch reproduce run {grid.name} "
-            f"--scale {grid.scale}"
-        )
+        raise UserError(f"{grid.name} at scale {grid.scale}: no run has finished yet; start: {_command(grid)}")
+    chance = chance_of(grid, _classes(grid, folders))
+    for found in rows.values():
+        found["at_chance"] = is_at_chance(found["sample"], chance)
     for row in grid.experiment.rows_at(grid.scale):
         _compare(row, rows, grid, folders)
     order = compare_order(list(rows.values()))
@@ -46,6 +56,8 @@ def collect(grid: Grid, folders: Folders) -> dict[str, Any]:
             mode="json", include={"title", "source", "text", "reference", "measure"}
         ),
         "curve": grid.experiment.curve.model_dump(mode="json"),
+        "trained": trained_on(grid),
+        "chance": chance,
         "plots": [plot.model_dump(mode="json") for plot in grid.experiment.plots],
         "rows": [_plain(row) for row in rows.values()],
         "order": order,
@@ -55,6 +67,37 @@ def collect(grid: Grid, folders: Folders) -> dict[str, Any]:
         "readme": grid.experiment.readme,
         "provenance": _provenance(grid, folders),
     }
+
+
+def trained_on(grid: Grid) -> dict[str, str]:
+    """The models and data sets of the runs by their names, for titles."""
+    configs = [run.config for run in grid.runs]
+    return {
+        "model": ", ".join(_once([c.model.name for c in configs])),
+        "data": ", ".join(_once([c.data.name for c in configs])),
+    }
+
+
+def chance_of(grid: Grid, classes: int | None) -> float | None:
+    """What the measure would be by guessing among `classes`."""
+    if classes is None:
+        return None
+    return 100 * (1 - 1 / classes) if grid.experiment.measure == "top1_error" else math.log(classes)
+
+
+def _classes(grid: Grid, folders: Folders) -> int | None:
+    """Of the set itself, or as a finished run found it on the disk."""
+    for run in grid.row(grid.experiment.reference):
+        known = whole_set(run.config.data)
+        if known is not None:
+            return known.classes
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return len(_json(folders.of(run) / "inference.json")["class_names"]) or None
+    return None
+
+
+def _command(grid: Grid) -> str:
+    return shlex.join(["largebatch", "reproduce", "run", grid.asked, "--scale", grid.scale])
 
 
 def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
@@ -118,8 +161,10 @@ def _compare(row: Row, rows: dict[str, dict[str, Any]], grid: Grid, folders: Fol
         return
     ours = welch(other["sample"], this["sample"])
     this["comparison"] = asdict(ours) if ours else None
-    this["verdict"] = verdict(ours, welch(other["paper_sample"], this["paper_sample"]))
-    if grid.experiment.curve.metric == "train/top1_error" and grid.experiment.curve.every_steps is None:
+    papers = welch(other["paper_sample"], this["paper_sample"])
+    this["verdict"] = cannot_tell(other["name"]) if other["at_chance"] and papers else verdict(ours, papers)
+    is_error = grid.experiment.curve.metric == "train/top1_error"
+    if not other["at_chance"] and is_error and grid.experiment.curve.every_steps is None:
         first = math.ceil(grid.row(row.name)[0].config.schedule.warmup.epochs)
         sign = early_sign(this["curves"], other["curves"], first)
         this["early_sign"] = sign.as_dict() if sign else None
@@ -154,7 +199,7 @@ def _provenance(grid: Grid, folders: Folders) -> dict[str, Any]:
     machines = [_machine(e) for e in environments]
     versions = [", ".join(f"{name} {version}" for name, version in e["packages"].items()) for e in environments]
     return {
-        "command": f"largebatch reproduce run {grid.name} --scale {grid.scale}",
+        "command": _command(grid),
         "code": training_code_digest(),
         "commits": _once(commits),
         "machines": _once(machines),

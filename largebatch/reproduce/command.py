@@ -9,17 +9,18 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from largebatch.errors import UserError
 from largebatch.report.files import write_json_atomically, write_text_atomically
-from largebatch.reproduce.collect import collect
+from largebatch.reproduce.collect import collect, trained_on
 from largebatch.reproduce.folders import ENDED, Folders, Standing, steps_of, unique, work_of
 from largebatch.reproduce.grid import Grid, Run, make_grid
 from largebatch.reproduce.local import LocalRunner, log_of, usable_cores
-from largebatch.reproduce.plots import draw
+from largebatch.reproduce.plots import draw_plots
 from largebatch.reproduce.settings import Scale
 from largebatch.reproduce.slurm import submit_arrays
 from largebatch.reproduce.tables import README_BEGIN, README_END, markdown, put_into, readme_block
@@ -70,19 +71,40 @@ def status(names: Sequence[str], scale: Scale, out: Path) -> None:
                     print(f"  {'':<{width}}  {standing.state}: {standing.message}")
 
 
-def report(names: Sequence[str], scale: Scale, out: Path, into: Path, readme: Path | None) -> None:
-    """Write the reports of the experiments `names` into `into`/SCALE, and what the README shows of them."""
+def report(
+    names: Sequence[str], scale: Scale, out: Path, into: Path, readme: Path | None, *, from_json: bool = False
+) -> None:
+    """Write the reports of the experiments `names` into `into`/SCALE, and what the README shows of them.
+
+    With `from_json` the numbers are those of the JSON files there, and no run is needed: what is made anew is how they
+    are shown.
+    """
     folder = into / scale
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         grid = make_grid(name, scale)
-        result = collect(grid, Folders(out, scale))
-        write_json_atomically(folder / f"{grid.name}.json", result)
-        pictures = draw(result, folder)
-        write_text_atomically(folder / f"{grid.name}.md", markdown(result, pictures))
+        path = folder / f"{grid.name}.json"
+        result = _read_result(path, grid) if from_json else collect(grid, Folders(out, scale))
+        write_json_atomically(path, result)
+        plots = draw_plots(result, folder, lambda text: print(f"warning: {text}"))
+        write_text_atomically(folder / f"{grid.name}.md", markdown(result, plots))
         print(f"{folder / grid.name}.md")
     if readme is not None:
         _write_block(folder, readme)
+
+
+def _read_result(path: Path, grid: Grid) -> dict[str, Any]:
+    """An earlier report's JSON, to be shown as the experiment says today. Raises UserError."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        known = {row["name"] for row in result["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--from-json: {path} is not the JSON of a report ({error}); write one from runs, without --from-json"
+        ) from None
+    plots = [plot.model_dump(mode="json") for plot in grid.experiment.plots]
+    shown = [{**plot, "rows": [name for name in plot["rows"] if name in known]} for plot in plots]
+    return {**result, "trained": trained_on(grid), "plots": shown}
 
 
 def _write_block(folder: Path, readme: Path) -> None:

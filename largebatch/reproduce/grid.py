@@ -51,6 +51,8 @@ class Grid:
     """All runs of an experiment at one scale."""
 
     name: str
+    asked: str
+    """The name or path that it was asked by: what a command that is printed needs."""
     scale: Scale
     experiment: Experiment
     runs: list[Run]
@@ -72,7 +74,7 @@ def make_grid(name: str, scale: Scale) -> Grid:
         raise ConfigError(f"{path}: reference: the row {experiment.reference!r} is not at scale {scale!r}")
     seeds = range(experiment.scales[scale].seeds)
     runs = [_make_run(path, experiment, row, scale, seed, code) for row in rows for seed in seeds]
-    return Grid(path.stem, scale, experiment, runs)
+    return Grid(path.stem, name, scale, experiment, runs)
 
 
 def _make_run(path: Path, experiment: Experiment, row: Row, scale: Scale, seed: int, code: str) -> Run:

@@ -29,7 +29,11 @@ def find_knee(rows: Sequence[Mapping[str, Any]], reference: str, predicted: floa
 
     It has left from the smallest minibatch on from which every row's error is higher, with p < 0.05.
     """
-    start = next(row["global_batch"] for row in rows if row["name"] == reference)
+    first = next(row for row in rows if row["name"] == reference)
+    start = first["global_batch"]
+    if first.get("at_chance"):
+        words = "Cannot tell where the error rises: the reference is at chance level."
+        return {"measured": None, "predicted": predicted, "ratio": None, "words": words}
     known = [row for row in rows if row["global_batch"] >= start and any(_has_ended(run) for run in row["runs"])]
     larger = sorted(known, key=lambda row: row["global_batch"])
     measured = None

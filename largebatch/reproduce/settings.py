@@ -81,8 +81,8 @@ class PlotSettings(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     """Its file is <experiment>_<name>.png."""
-    kind: Literal["curves", "sweep"]
-    """curves: training curves; sweep: what is measured, against `x`."""
+    kind: Literal["curves", "sweep", "dots"]
+    """curves: training curves; sweep: what is measured, against `x`; dots: what is measured, a line for each row."""
     x: Literal["global_batch", "peak_lr"] = "global_batch"
     rows: list[str] = Field(default=[])
     """Rows that it shows; empty for all."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy import special
+
 SIGNIFICANT = 0.05
-_CLOSE_ENOUGH = 1e-15
-_TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -65,35 +65,4 @@ def welch(first: Sample | None, second: Sample | None) -> Welch | None:
 
 def two_sided_p(t: float, degrees: float) -> float:
     """P(|T| >= |t|) for Student's t with (not necessarily whole) `degrees` of freedom."""
-    return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), for a, b > 0 and x in [0, 1]."""
-    if x <= 0 or x >= 1:
-        return min(1.0, max(0.0, x))
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly
-        return 1.0 - incomplete_beta(b, a, 1.0 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_front) / a / _beta_fraction(a, b, x)
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """The continued fraction 1 + d1/(1 + d2/(1 + ...)) of the function (DLMF 8.17.22), by Lentz's method."""
-    value, c, d = 1.0, 1.0, 0.0
-    for i in range(1, 10_000):
-        m = i // 2
-        if i % 2:
-            step = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            step = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d = 1.0 / _not_zero(1.0 + step * d)
-        c = _not_zero(1.0 + step / c)
-        value *= c * d
-        if abs(c * d - 1.0) < _CLOSE_ENOUGH:
-            break
-    return value
-
-
-def _not_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
+    return float(2 * special.stdtr(degrees, -abs(t)))

@@ -85,6 +85,7 @@ def readme_block(results: Sequence[Result], folder: str) -> str:
         parts += [
             f"**{result['settings']['title']}** ({result['settings']['source']}), scale `{result['scale']}`:",
             results_table(result),
+            *_at_chance(result),
             *_verdicts(result),
             *([result["knee"]["words"]] if result["knee"] else []),
             "\n".join(
@@ -162,12 +163,22 @@ def _weights(distances: Sequence[Result | None] | None) -> str:
 def _paragraphs(result: Result) -> list[str]:
     order = [result["order"]["words"]] if result["order"] else []
     knee = [result["knee"]["words"]] if result["knee"] else []
-    return [*_verdicts(result), *order, *_expected(result), *_best(result), *knee]
+    return [*_at_chance(result), *_verdicts(result), *order, *_expected(result), *_best(result), *knee]
+
+
+def _at_chance(result: Result) -> list[str]:
+    """Which rows are no better than guessing."""
+    names = [f"*{row['name']}*" for row in result["rows"] if row.get("at_chance")]
+    if not names:
+        return []
+    level = f"{result['chance']:.{_DIGITS[result['settings']['measure']]}f}"
+    return [f"At chance level ({level} by guessing), so nothing can be told from comparing them: {', '.join(names)}."]
 
 
 def _verdicts(result: Result) -> list[str]:
     """Whether each row shows what the paper showed."""
-    lines = [f"- *{row['name']}* {row['verdict']['words']}" for row in result["rows"] if row["verdict"]]
+    found = [(row["name"], row["verdict"]["words"]) for row in result["rows"] if row["verdict"]]
+    lines = [f"- *{name}*{':' * words.startswith('cannot')} {words}" for name, words in found]
     return ["\n".join(lines)] if lines else []
 
 

@@ -11,12 +11,24 @@ from largebatch.reproduce.statistics import SIGNIFICANT, Sample, Welch, welch
 
 PAPERS_RUNS = 5
 """Independent runs behind each of the paper's values (§5.1)."""
+_NOTHING_LEARNED = 0.9
+"""From this share of the error (or loss) of guessing on, a row has learned too little to be compared with."""
 _WORDS = {1: "higher", -1: "lower"}
 
 
 def paper_sample(value: PaperValue | None) -> Sample | None:
     """The paper's value as a sample of its five runs."""
     return None if value is None else Sample(value.error, value.std, PAPERS_RUNS)
+
+
+def is_at_chance(measured: Sample | None, chance: float | None) -> bool:
+    """Whether a row is hardly better than guessing; not where the number of classes, so `chance`, is unknown."""
+    return measured is not None and chance is not None and measured.mean > _NOTHING_LEARNED * chance
+
+
+def cannot_tell(row: str) -> dict[str, str]:
+    """The verdict where the row that is compared with has learned nothing: any training looks alike from there."""
+    return {"agrees": "open", "words": f"cannot tell, since *{row}*, which it is held against, is at chance level"}
 
 
 def verdict(ours: Welch | None, papers: Welch | None) -> dict[str, str] | None:
@@ -42,12 +54,13 @@ def verdict(ours: Welch | None, papers: Welch | None) -> dict[str, str] | None:
 def check_expectation(order: Expectation, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Whether the row that the source has lower is lower here: ``agrees`` is yes, no or open, as for `verdict`.
 
-    A row of which a seed has diverged is not lower than any, whatever the mean of the others.
+    A row of which a seed has diverged is not lower than any, whatever the mean of the others, and of two rows at chance
+    level none is.
     """
     lower, than = rows[order.lower], rows[order.than]
     found = welch(than["sample"], lower["sample"])
     direction = found.direction if found else 0
-    if direction == -1 and _diverged(lower):
+    if (direction == -1 and _diverged(lower)) or (lower.get("at_chance") and than.get("at_chance")):
         direction = 0
     return {
         "lower": order.lower,
@@ -67,7 +80,7 @@ def best_of_lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         lines.setdefault(row["line"], []).append(row)
     found = []
     for line, members in lines.items():
-        usable = [row for row in members if row["sample"] and not _diverged(row)]
+        usable = [row for row in members if row["sample"] and not _diverged(row) and not row.get("at_chance")]
         if line and usable and len({row["peak_lr"] for row in members}) > 1:
             best = min(usable, key=lambda row: row["sample"].mean)
             rates = [row["peak_lr"] for row in members]
@@ -90,13 +103,14 @@ def _diverged(row: Mapping[str, Any]) -> bool:
 
 def compare_order(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How the pairs of rows that the paper tells apart are ordered here; None if it tells none apart."""
-    usable = [(r["sample"], r["paper_sample"]) for r in rows if r["sample"] and r["paper_sample"]]
+    usable = [r for r in rows if r["sample"] and r["paper_sample"]]
     same = opposite = undecided = 0
-    for (ours_a, paper_a), (ours_b, paper_b) in itertools.combinations(usable, 2):
-        papers, ours = welch(paper_a, paper_b), welch(ours_a, ours_b)
+    for a, b in itertools.combinations(usable, 2):
+        papers, ours = welch(a["paper_sample"], b["paper_sample"]), welch(a["sample"], b["sample"])
         if papers is None or papers.direction == 0:
             continue
-        found = 0 if ours is None else ours.direction * papers.direction
+        both_at_chance = a.get("at_chance") and b.get("at_chance")
+        found = 0 if ours is None or both_at_chance else ours.direction * papers.direction
         same, opposite, undecided = same + (found > 0), opposite + (found < 0), undecided + (found == 0)
     pairs = same + opposite + undecided
     if not pairs:
