@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from largebatch.errors import (
     EXIT_OK,
@@ -33,9 +34,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class _Benchmark(typer.core.TyperGroup):
+    """`benchmark CONFIG` measures, so what names no other command is a config."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+benchmark_app = typer.Typer(
+    cls=_Benchmark,
+    help="Measure a CONFIG (see `benchmark run --help`), or compare two results.",
+    no_args_is_help=True,
+)
 config_app = typer.Typer(help="Show a config, or the JSON Schema of all configs.", no_args_is_help=True)
 data_app = typer.Typer(help="Obtain data sets.", no_args_is_help=True)
 reproduce_app = typer.Typer(help="The paper's comparisons: run, watch and report them.", no_args_is_help=True)
+app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(reproduce_app, name="reproduce")
@@ -146,7 +164,18 @@ def plan(
     print(json.dumps(found, indent=2) if as_json else text)
 
 
-@app.command()
+@benchmark_app.command("diff")
+def benchmark_diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a benchmark, or its JSON.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The one compared with it.", show_default=False)],
+) -> None:
+    """Two benchmarks side by side: ratios with their spread, and what differs in config and environment."""
+    from largebatch.benchmark.diff import compare
+
+    print(compare(first, second))
+
+
+@benchmark_app.command("run")
 def benchmark(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import call
 
 from largebatch.benchmark.breakdown import noise_in
 from largebatch.benchmark.command import write
@@ -67,3 +68,28 @@ def test_noise_is_marked_and_an_earlier_result_is_kept(tmp_path: Path) -> None:
     assert "no prediction: it would rest on noise" in page
     assert set(PLOTS) - {path.name for path in tmp_path.iterdir()} == {"prediction.png"}
     assert scaling_table(result["measurements"])[1][2][1] == "2 *"
+
+
+def test_two_benchmarks_side_by_side(tmp_path: Path) -> None:
+    result = json.loads(COMMITTED.read_text())
+    result["environment"]["packages"]["torch"] = "9.9"
+    for m in result["measurements"]:
+        m["images_per_second"] *= 2
+    result["measurements"][1]["images_per_second"] /= 2
+    result["measurements"][2]["data_wait"] = -1.0
+    del result["measurements"][3]
+    (tmp_path / "benchmark.json").write_text(json.dumps(result))
+    done = call("benchmark", "diff", COMMITTED.parent, tmp_path)
+    assert done.status == 0, done.err
+    rows = [line for line in done.out.splitlines() if line.startswith(("weak", "strong"))]
+    assert [row.split("  ")[-1].strip() for row in rows[:4]] == ["faster", "not told apart", "noise", "only in A"]
+    assert "2.000 ± " in rows[0]
+    assert "  environment.packages.torch: 2.15.0 | 9.9" in done.out.splitlines()
+    (tmp_path / "benchmark.json").write_text("{}")
+    failed = call("benchmark", "diff", tmp_path, tmp_path / "none")
+    assert (failed.status, failed.err.count("\n")) == (2, 1)
+    assert "benchmark.json is not the JSON of a benchmark" in failed.err
+    assert call("benchmark", "diff").status == 2
+    missing = call("benchmark", "nowhere.yaml")
+    assert missing.status == 2
+    assert "nowhere.yaml" in missing.err
