@@ -406,3 +406,15 @@ def test_too_little_shared_memory_is_said_before_a_process_starts(
     monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert len(read(imagefolder(folder, processes=2), [0, 1])[0]) == 2
+
+
+def test_shared_memory_that_runs_out_is_an_error_and_no_lost_batch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr("largebatch.data.files.get_worker_info", object)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(DataError, match=r"no shared memory left .*No space left.* --shm-size"):
+        read(imagefolder(folder, processes=0), [0, 1])

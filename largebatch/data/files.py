@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from largebatch.data.loaders import make_loader, starting
 from largebatch.data.pictures import (
@@ -153,7 +153,7 @@ class Decoder:
 
     def __getitem__(self, requested: Pass) -> Decoded | DataError:
         try:
-            return self._decode(requested)
+            return _shared(self._decode(requested))
         except DataError as error:
             # Handed over, not raised: DataLoader would wrap the message in the process's traceback.
             return error
@@ -198,6 +198,23 @@ class Decoder:
             raise
         except Exception as error:  # whatever a library or the user's own code does with a file
             raise DataError(f"{self._pictures.name(index)}: {reason(error)}") from error
+
+
+def _shared(decoded: Decoded) -> Decoded:
+    """The same, in shared memory where a loader process hands it over.
+
+    DataLoader would move it there in a thread of its own; where that fails, the batch is lost and waited for for ever.
+    """
+    if get_worker_info() is not None:
+        try:
+            decoded.images.share_memory_()
+            decoded.labels.share_memory_()
+        except RuntimeError as error:
+            raise DataError(
+                f"a loader process has no shared memory left ({error}): lower data.loader_processes or "
+                "data.prefetch, or give the container more --shm-size"
+            ) from None
+    return decoded
 
 
 class PictureSource:

@@ -87,6 +87,7 @@ def make_loader(
         generator=torch.Generator(),  # else DataLoader takes a number from torch's global generator
         multiprocessing_context=_context if processes else None,
         persistent_workers=keep and processes > 0,
+        worker_init_fn=_block_stop_signals,
     )
 
 
@@ -115,6 +116,11 @@ def _stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _block_stop_signals(_: int) -> None:
+    """For where the server is not ours: a run of `reproduce`, or one that the user's own program starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
 
 def _start_server() -> None:
