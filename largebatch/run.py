@@ -122,7 +122,7 @@ def _train_connected(
         resize=resize,
     )
     notes: list[str] = []
-    trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize, note=notes.append)
+    trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize, notes.append, restored=state is not None)
     trainer.stop_request, trainer.data = stop_request, seen
     trainer.devices = sorted(set(ranks.gather(describe_device(ranks.device))))
     if state is not None:
@@ -180,11 +180,18 @@ def _warn(text: str) -> None:
 
 
 def build_model(
-    config: Config, source: ImageSource, ranks: Ranks, note: Callable[[str], None] | None = None
+    config: Config,
+    source: ImageSource,
+    ranks: Ranks,
+    note: Callable[[str], None] | None = None,
+    *,
+    restored: bool = False,
 ) -> nn.Module:
     """The config's model on this rank's device, initialised alike on all ranks, after one forward and backward that
-    show whether it can be trained; `note` is given lines that say how its weights start."""
-    model = build(config.model, classes=source.classes, shape=source.shape, seed=config.seed, note=note)
+    show whether it can be trained; `note` is given lines that say how its weights start. If they are to be `restored`,
+    `model.init_from` is not read."""
+    settings = config.model.model_copy(update={"init_from": None}) if restored else config.model
+    model = build(settings, classes=source.classes, shape=source.shape, seed=config.seed, note=note)
     model = model.to(ranks.device)
     if config.execution.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -212,11 +219,13 @@ def make_trainer(
     checkpoints: CheckpointFolder,
     resize: Resize | None = None,
     note: Callable[[str], None] | None = None,
+    *,
+    restored: bool = False,
 ) -> Trainer:
     """The trainer of `config`, at step 0; `config` has the k that `resize` says."""
     execution = config.execution
     train_source, validation = sources
-    model = build_model(config, train_source, ranks, note)
+    model = build_model(config, train_source, ranks, note, restored=restored)
     optimizer = make_optimizer(
         model, config.optimizer, fused=execution.precision == "fp16" or ranks.device.type == "cuda"
     )
@@ -305,7 +314,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], launch: Launch) -> dic
         if config.data.on_change == "refuse":
             check_data(folder.data(), {DATA_PARTS[1]: describe_data(validation)})
         allow_tf32(execution.tf32)
-        model = build_model(config, validation, ranks)
+        model = build_model(config, validation, ranks, restored=True)
         folder.load_weights(model, ranks.device, warn=_log.warning if ranks.is_main else _log.debug)
         return evaluate(
             model,

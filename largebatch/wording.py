@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from largebatch.errors import ConfigError
@@ -33,6 +33,11 @@ def did_you_mean(seen: str, names: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(seen.lower(), list(by_lower), n=1)
     return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def reason(error: BaseException) -> str:

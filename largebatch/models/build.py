@@ -12,12 +12,14 @@ from torch import nn
 
 from largebatch.importing import import_object
 from largebatch.models.check import check_structure
+from largebatch.models.freeze import freeze
 from largebatch.models.initialise import initialise
 from largebatch.models.mlp import MLP
 from largebatch.models.normalisation import keep_frozen
+from largebatch.models.pretrained import load_weights
 from largebatch.models.settings import SMALL_RESNET_BLOCKS, TORCHVISION_NAMES, ModelSettings
 from largebatch.models.small_resnet import SmallResNet
-from largebatch.wording import config_error, reason
+from largebatch.wording import config_error, did_you_mean, reason, some
 
 Shape = tuple[int, int, int]
 
@@ -38,29 +40,31 @@ def build(
         model = _construct(settings, classes, shape)
         check_structure(model, settings.name)
         model = model.cpu()
-        lines = _start(model, settings)
+        lines = _start(model, settings, classes)
     if note is not None:
         note("\n".join(lines))
     return model
 
 
-def _start(model: nn.Module, settings: ModelSettings) -> list[str]:
+def _start(model: nn.Module, settings: ModelSettings, classes: int) -> list[str]:
     """Initialise `model` as `settings` say; returns what was done, a line each."""
     if settings.starts_as == "paper":
         left = initialise(model, settings.last_gamma)
         lines = [f"weights             by the paper's initialisation (§5.1), last γ {settings.last_gamma:g}"]
         if left:
-            lines.append(f"                    but for frozen or parametrized layers: {_some(left)}")
+            lines.append(f"                    but for frozen or parametrized layers: {some(left)}")
     else:
         lines = [f"weights             as the constructor of {settings.name} leaves them"]
+    if settings.init_from == "timm":
+        lines = [f"weights             as timm loads them for {settings.name}, the head for {classes} classes"]
+    elif settings.init_from is not None:
+        lines += load_weights(model, settings.init_from, name=settings.name, classes=classes)
     frozen = keep_frozen(model)
     if frozen:
-        lines.append(f"frozen BatchNorm    {_some(frozen)}")
+        lines.append(f"frozen BatchNorm    {some(frozen)}")
+    if settings.freeze:
+        lines.append(f"frozen              {freeze(model, settings.freeze)} tensors that match {some(settings.freeze)}")
     return lines
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _construct(settings: ModelSettings, classes: int, shape: Shape) -> nn.Module:
@@ -71,7 +75,25 @@ def _construct(settings: ModelSettings, classes: int, shape: Shape) -> nn.Module
         return SmallResNet(blocks, channels=shape[0], classes=classes, width=settings.width)
     if settings.name in TORCHVISION_NAMES:
         return _torchvision_model(settings, classes, shape)
+    if settings.name.startswith("timm:"):
+        return _timm_model(settings, classes, shape)
     return _own_model(settings, classes, shape)
+
+
+def _timm_model(settings: ModelSettings, classes: int, shape: Shape) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise config_error("model.name", f"{settings.name!r} needs timm: pip install 'largebatch[timm]'") from None
+    name = settings.name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise config_error("model.name", f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    offered = {"model_name": name, "pretrained": settings.init_from == "timm", "num_classes": classes}
+    offered["in_chans"] = shape[0]
+    configured = timm.get_pretrained_cfg(name)
+    if configured is not None and configured.fixed_input_size:
+        offered["img_size"] = shape[1:]
+    return _call(settings, timm.create_model, {**offered, **settings.arguments})
 
 
 def _torchvision_model(settings: ModelSettings, classes: int, shape: Shape) -> nn.Module:

@@ -51,12 +51,19 @@ class ModelSettings(Section):
 
     name: str = "resnet50"
     """A classification model of torchvision (resnet50, vit_b_16, convnext_tiny …), resnet8, resnet20, resnet32 or
-    resnet56 for small images, mlp, or your own function or class as `package.module:function`."""
+    resnet56 for small images, mlp, `timm:NAME` (with the extra largebatch[timm]), or your own function or class as
+    `package.module:function`."""
     last_gamma: float = Field(0.0, ge=0, le=1)
     """Initial γ of the last BatchNorm of every residual block: 0 in the paper (§5.1), 1 in its ablation."""
     initialisation: Literal["auto", "paper", "own"] = "auto"
     """paper: §5.1's, applied by module type, to your own model too (so it overwrites weights that the model
     brings along); own: what the model's constructor leaves; auto: paper for ResNets and the mlp, own for the rest."""
+    init_from: str | None = Field(None, min_length=1)
+    """Weights to start from: a file (state_dict, safetensors, checkpoint), the folder of a run, torchvision:WEIGHTS
+    (such as torchvision:DEFAULT), or timm for a model of timm. A head for other classes is replaced."""
+    freeze: list[str] = Field(default=[])
+    """Names of parameters and modules that are not trained, such as `layer1` or `*.bn?.weight`; BatchNorm of a frozen
+    part stays in evaluation mode."""
     hidden: list[int] = Field(default=MLP_HIDDEN)
     """Widths of the hidden layers (mlp only)."""
     width: int = Field(16, ge=1)
@@ -67,7 +74,10 @@ class ModelSettings(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if ":" in name:
+        if name.startswith("timm:"):
+            if not name.removeprefix("timm:"):
+                raise ValueError(f"{name!r} has no name of a model; write timm:resnet18, say")
+        elif ":" in name:
             if not _IMPORT_PATH.fullmatch(name):
                 raise ValueError(f"{name!r} is not of the form package.module:function")
         elif name not in known_names():
@@ -92,7 +102,13 @@ class ModelSettings(Section):
             raise ValueError(f"width: {self.width} is for {names}; {self.name} does not take it")
         if self.arguments and (self.name == "mlp" or self.name in SMALL_RESNET_BLOCKS):
             raise ValueError(f"arguments: {self.name} takes none; seen {', '.join(self.arguments)}")
-        if "num_classes" in self.arguments and self.name in TORCHVISION_NAMES:
+        if self.init_from == "timm" and not self.name.startswith("timm:"):
+            raise ValueError(f"init_from: timm is for models of timm, and {self.name} is none; write name: timm:NAME")
+        if (self.init_from or "").startswith("torchvision:") and self.name not in TORCHVISION_NAMES:
+            raise ValueError(f"init_from: {self.init_from} is for models of torchvision, and {self.name} is none")
+        if self.init_from is not None and self.arguments.get("weights") is not None:
+            raise ValueError("arguments: weights and init_from are two starts; keep one")
+        if "num_classes" in self.arguments and (self.name in TORCHVISION_NAMES or self.name.startswith("timm:")):
             raise ValueError("arguments: num_classes comes from the data set")
         if self.starts_as == "own" and self.last_gamma != 0:
             raise ValueError(f"last_gamma: {self.last_gamma:g} needs initialisation: paper")
