@@ -118,7 +118,7 @@ def test_a_file_that_does_not_fit_is_an_error_that_lists_names(
 def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.pt does not exist"):
         make(init_from=str(tmp_path / "nowhere.pt"))
-    with pytest.raises(ConfigError, match="holds neither .* nor a whole checkpoint"):
+    with pytest.raises(ConfigError, match=r"holds neither .* nor a whole checkpoint"):
         make(init_from=str(tmp_path))
     with pytest.raises(ConfigError, match="resnet18 has no such weights; did you mean 'IMAGENET1K_V1'"):
         make(name="resnet18", init_from="torchvision:IMAGENET1K_V")
