@@ -170,5 +170,10 @@ def plain_model(run_dir: Path) -> torch.nn.Module:
         return torchvision.models.resnet18(num_classes=made["classes"])
     if name == "mlp":
         return MLP(tuple(made["shape"]), config["model"]["hidden"], made["classes"])
+    if name == "timm:test_convnext":
+        return pytest.importorskip("timm").create_model("test_convnext", num_classes=made["classes"])
+    if name.endswith(":VisionTransformer"):
+        arguments = config["model"]["arguments"]
+        return torchvision.models.VisionTransformer(**arguments, num_classes=made["classes"])
     assert name == "resnet8"
     return SmallResNet(1, channels=made["shape"][0], classes=made["classes"])
