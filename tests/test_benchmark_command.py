@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ PARTS = ("compute", "exposed_communication", "data_wait", "other")
 
 
 def _benchmark(launch: Launch, options: Options, folder: str) -> None:
-    benchmark(Config.model_validate(TINY), options, launch, Path(folder), command="benchmark tiny.yaml")
+    # So short windows are noise on most machines, from which nothing would be predicted.
+    with mock.patch("largebatch.benchmark.results.noise_in", return_value=[]):
+        benchmark(Config.model_validate(TINY), options, launch, Path(folder), command="benchmark tiny.yaml")
 
 
 @pytest.fixture(scope="module")
