@@ -25,6 +25,7 @@ from largebatch.report.lock import hold_folder
 from largebatch.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER, clear_tensorboard
 from largebatch.report.plots import CURVES_FILE, draw_curves
 from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
+from largebatch.wording import printable
 
 _LONGER = (
     "; a finished schedule cannot be extended, since its learning rates depend on its length: train the longer one in "
@@ -53,6 +54,11 @@ class RunFolder:
     def check_is_folder(self) -> None:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"--run-dir: {self.path} is a file; give a folder")
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            name = printable(str(self.path))
+            raise UserError(f"--run-dir: {name}: is not UTF-8, and TensorBoard writes no other; rename it") from None
 
     def check_config(self, config: Config) -> None:
         """Raise UserError unless what is here was trained with `config`."""

@@ -224,12 +224,15 @@ def test_what_is_read_and_what_is_reported(folder: Path, caplog: pytest.LogCaptu
         image.save(train / "cat" / name, "GIF" if name.endswith("gif") else "JPEG")
     (train / "cat/notes.txt").write_text("")
     (train / "list.csv").write_text("")
+    (train / "cat/up").symlink_to("..")
+    (train / "cat/more/again").symlink_to("../../cat")
     with caplog.at_level(logging.WARNING):
         source, _ = load(imagefolder(folder), seed=0, device=torch.device("cpu"))
     assert source.images == 16 + 3
     said = " ".join(record.getMessage() for record in caplog.records)
     assert f"{train}: 1 files beside the class folders are not read" in said
     assert f"{train / 'cat'}: 1 files are not read" in said
+    assert f"{train / 'cat'}: 2 links to a folder above, or read already, are not followed" in said
 
 
 def test_one_class_is_refused(folder: Path) -> None:
@@ -352,6 +355,71 @@ def test_an_own_dataset_that_gives_something_else_is_named(kind: str, said: str)
 @pytest.mark.parametrize("kind", ["numpy", "tensor label"])
 def test_an_own_dataset_may_give_numpy(kind: str) -> None:
     assert read(own(kind, 0), [0, 1])[1].tolist() == [1, 1]
+
+
+ARRAYS = np.zeros((8, 3, 9, 9), np.uint8), np.arange(8) % 2
+
+
+class NoLength(Items):
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+
+def make_split(kind: str) -> Any:
+    images, labels = ARRAYS
+    splits: dict[str, Any] = {
+        "numpy": ARRAYS,
+        "backwards": (images[:, :, ::-1], labels),
+        "big-endian": (images, labels.astype(">i8")),
+        "list of labels": (images, labels.tolist()),
+        "text": (images, np.array(["a", "b"] * 4)),
+        "objects": (images, np.array([None] * 8)),
+        "fractions": (images, labels + 0.7),
+        "complex": (images, labels + 0j),
+        "one-hot": (images, np.eye(2, dtype=np.int64)[labels]),
+        "negative": (images, labels - 1),
+        "channels last": (images.transpose(0, 2, 3, 1), labels),
+        "16 bits": (images.astype(np.uint16), labels),
+        "one class": (images, 0 * labels),
+        "one class of a dataset": Items(1),
+        "no length": NoLength(1),
+        "iterable": iter([ARRAYS]),
+        "dict": {"image": images, "label": labels},
+    }
+    splits["one class of a dataset"].classes = ("a",)
+    return splits[kind], splits[kind]
+
+
+def own_split(kind: str) -> DataSettings:
+    return DataSettings(name=f"{__name__}:make_split", arguments={"kind": kind}, image_size=16)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "backwards", "big-endian", "list of labels"])
+def test_own_arrays_are_taken(kind: str) -> None:
+    assert read(own_split(kind), [0, 1, 2])[1].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("text", r"training set: labels must be numbers .* not <U1 \[8\]"),
+        ("objects", r"training set: labels must be numbers .* not object \[8\]"),
+        ("fractions", r"labels must be integers \[8\], not torch.float64"),
+        ("complex", r"labels must be integers \[8\], not torch.complex128"),
+        ("one-hot", r"labels must be integers \[8\], not torch.int64 \[8, 2\]"),
+        ("negative", "image 0: label -1 is outside"),
+        ("channels last", r"looks like \[M, H, W, C\]"),
+        ("16 bits", "images must be uint8"),
+        ("one class", "1 class only; a classifier needs two"),
+        ("one class of a dataset", "1 class only; a classifier needs two"),
+        ("no length", "training set: RuntimeError: no length"),
+        ("iterable", "both a dataset with __len__ and __getitem__"),
+        ("dict", "set data.classes"),
+    ],
+)
+def test_own_sets_of_another_form_are_refused_by_what_they_are(kind: str, said: str) -> None:
+    with pytest.raises(DataError, match=rf"data.name {__name__}:make_split.*{said}"):
+        load(own_split(kind), seed=0, device=torch.device("cpu"))
 
 
 def test_an_error_in_a_loader_process_is_the_datasets_own(folder: Path) -> None:

@@ -6,6 +6,7 @@ That it prints the run's figures on one rank and on two is tested with every ins
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -183,3 +184,18 @@ def test_the_users_own_files_in_a_run_folder_stay(folder: Path) -> None:
     assert outcome.status == 2
     assert "is the config that is given, and would be overwritten" in outcome.err
     assert (run / "config.yaml").read_text() == text
+
+
+def test_a_run_folder_that_is_not_utf_8_is_refused(folder: Path) -> None:
+    outcome = call("train", folder / "config.yaml", "--run-dir", os.fsdecode(bytes(folder) + b"/r\xff"))
+    assert outcome.status == 2, outcome.err
+    assert "r\\udcff: is not UTF-8" in outcome.err
+
+
+def test_class_names_that_are_not_utf_8_are_kept(folder: Path) -> None:
+    name = os.fsdecode(b"c\xfft")
+    for part in ("train", "val"):
+        (folder / "set" / part / "cat").rename(folder / "set" / part / name)
+    assert call("train", folder / "config.yaml", "--run-dir", folder / "run").status == 0
+    assert json.loads((folder / "run/inference.json").read_text())["class_names"] == [name, "dog"]
+    assert call("evaluate", folder / "run").status == 0

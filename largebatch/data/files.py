@@ -97,13 +97,17 @@ class DatasetPictures:
     """A map-style dataset of your own, giving (PIL image or uint8 [C, H, W] tensor, label)."""
 
     def __init__(self, dataset: Any, classes: int, where: str, limit: int | None = None) -> None:
-        if len(dataset) == 0:
+        try:
+            count = len(dataset)
+        except Exception as error:
+            raise DataError(f"{where}: {reason(error)}") from error
+        if count == 0:
             raise DataError(f"{where}: the dataset has no images")
         self.classes = classes
         names = getattr(dataset, "classes", ())
         self.class_names = tuple(map(str, names if len(names) == classes else range(classes)))
         self._dataset, self._where = dataset, where
-        self._count = min(limit or len(dataset), len(dataset))
+        self._count = min(limit or count, count)
 
     def __len__(self) -> int:
         return self._count
@@ -354,13 +358,24 @@ def _folders_in(folder: Path) -> list[str]:
 
 def _images_in(folder: Path) -> list[str]:
     """The image files in a class folder and its subfolders, in sorted order, but for hidden ones."""
-    names, others = [], 0
+    names, others, unfollowed = [], 0, 0
+    seen = {os.path.realpath(folder)}
 
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
     for path, subfolders, files in os.walk(folder, onerror=fail, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        # Sorted, so that of two links to a folder every machine follows the same one.
+        inner = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = []
+        for name in inner:
+            real = os.path.realpath(os.path.join(path, name))
+            # A link to a folder above would read other classes as this one, or the same images for ever.
+            if real in seen or os.path.realpath(folder).startswith(os.path.join(real, "")):
+                unfollowed += 1
+            else:
+                seen.add(real)
+                subfolders.append(name)
         inside = os.path.relpath(path, folder)
         for name in files:
             if name.startswith("."):
@@ -369,6 +384,8 @@ def _images_in(folder: Path) -> list[str]:
                 names.append(name if inside == "." else f"{inside}/{name}")
             else:
                 others += 1
+    if unfollowed:
+        _log.warning("warning: %s: %d links to a folder above, or read already, are not followed", folder, unfollowed)
     if others:
         _log.warning("warning: %s: %d files are not read (known: %s)", folder, others, " ".join(_SUFFIXES))
     if not names:

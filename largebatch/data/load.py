@@ -103,9 +103,9 @@ def _check_counts(settings: DataSettings, train: Pictures, val: Pictures) -> Non
 
 def _own(settings: DataSettings, seed: int, device: torch.device) -> Sources:
     splits = call_own(settings)
-    classes = own_classes(splits[0], settings)
     where = [f"data.name {settings.name}, {part}" for part in PARTS]
     if all(is_tensors(split) for split in splits):
+        classes = own_classes(splits[0], settings)
         train, val = (check_tensors(s, w, classes) for s, w in zip(splits, where, strict=True))
         seen, expected = list(val[0].shape[1:]), list(train[0].shape[1:])
         if seen != expected:
@@ -117,6 +117,7 @@ def _own(settings: DataSettings, seed: int, device: torch.device) -> Sources:
             f"data.name {settings.name}: returned {' and '.join(map(describe, splits))}; both parts must be (uint8 "
             "images, integer labels) or both a dataset with __len__ and __getitem__"
         )
+    classes = own_classes(splits[0], settings)
     limits = (settings.train_images, settings.val_images)
     pictures = [DatasetPictures(s, classes, w, n) for s, w, n in zip(splits, where, limits, strict=True)]
     return _pictures(settings, pictures[0], pictures[1], ((0.5,) * 3, (0.25,) * 3), seed, device)

@@ -18,6 +18,7 @@ from largebatch.errors import DataError, UserError
 from largebatch.wording import reason
 
 PARTS = ("training set", "validation set")
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
 
 def call_own(settings: DataSettings) -> tuple[Any, Any]:
@@ -37,19 +38,36 @@ def call_own(settings: DataSettings) -> tuple[Any, Any]:
         result = function(**settings.arguments)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"data.name {settings.name}: raised {reason(error)}") from error
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise DataError(f"data.name {settings.name}: must return (train, val), not {describe(result)}")
-    train, val = map(_as_tensors, result)
+    where = [f"data.name {settings.name}, {part}" for part in PARTS]
+    train, val = map(_as_tensors, result, where)
     return train, val
 
 
-def _as_tensors(split: Any) -> Any:
-    """(images, labels) as tensors where they are NumPy arrays; anything else as it is."""
-    if isinstance(split, tuple | list) and len(split) == 2 and any(isinstance(part, np.ndarray) for part in split):
-        return tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in split)
-    return split
+def _as_tensors(split: Any, where: str) -> Any:
+    """(images, labels) as tensors where one of them is an array; anything else as it is.
+
+    Raises DataError where an array, or a list beside one, is not of numbers.
+    """
+    pair = isinstance(split, tuple | list) and len(split) == 2
+    if not (pair and any(isinstance(part, np.ndarray | Tensor) for part in split)):
+        return split
+    return tuple(_as_tensor(part, f"{where}: {what}") for part, what in zip(split, ("images", "labels"), strict=True))
+
+
+def _as_tensor(values: Any, what: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        # A copy, in this machine's byte order: an array may be read-only or run backwards.
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    except (TypeError, ValueError):
+        kind = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else describe(values)
+        raise DataError(f"{what} must be numbers in a tensor or a NumPy array, not {kind}") from None
 
 
 def _function(path: str) -> Callable[..., Any]:
@@ -81,8 +99,9 @@ def check_tensors(split: Split, where: str, classes: int) -> Split:
             f"{where}: images are {_kind(images)}, which looks like [M, H, W, C]; give [M, C, H, W] "
             "(images.permute(0, 3, 1, 2))"
         )
-    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+    if labels.dtype not in _INTEGERS or labels.shape != images.shape[:1]:
         raise DataError(f"{where}: labels must be integers [{len(images)}], not {_kind(labels)}")
+    labels = labels.to(torch.int64)
     outside = ((labels < 0) | (labels >= classes)).nonzero()
     if len(outside):
         index = int(outside[0])
@@ -90,7 +109,7 @@ def check_tensors(split: Split, where: str, classes: int) -> Split:
             f"{where}, image {index}: label {int(labels[index])} is outside 0..{classes - 1}; "
             "correct the label or set data.classes"
         )
-    return split
+    return images, labels
 
 
 def _kind(tensor: Tensor) -> str:
@@ -98,11 +117,20 @@ def _kind(tensor: Tensor) -> str:
 
 
 def own_classes(train: Any, settings: DataSettings) -> int:
-    """The number of classes: `data.classes`, else what the training set says of itself."""
+    """The number of classes: `data.classes`, else what the training set says of itself. Raises DataError."""
     if settings.classes is not None:
         return settings.classes
-    if is_tensors(train) and len(train[1]):
-        return int(train[1].max()) + 1
-    if hasattr(train, "classes"):
-        return len(train.classes)
-    raise DataError(f"data.name {settings.name}: its dataset has no attribute `classes`; set data.classes")
+    where = f"data.name {settings.name}"
+    if is_tensors(train):
+        labels = train[1]
+        if not len(labels) or labels.dtype not in _INTEGERS or (labels.to(torch.int64) < 0).any():
+            return 2  # `check_tensors` refuses them, with what they are
+        found = int(labels.to(torch.int64).max()) + 1
+    else:
+        names = getattr(train, "classes", None)
+        if names is None or not hasattr(names, "__len__"):
+            raise DataError(f"{where}: its dataset has no list `classes`; set data.classes")
+        found = len(names)
+    if found < 2:
+        raise DataError(f"{where}: {found} class only; a classifier needs two at least (or set data.classes)")
+    return found

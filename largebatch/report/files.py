@@ -30,8 +30,11 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in UTF-8, atomically. Raises OSError like `write_bytes_atomically`."""
-    write_bytes_atomically(path, text.encode())
+    """Replace ``path`` by ``text`` in UTF-8, atomically. Raises OSError like `write_bytes_atomically`.
+
+    Names of files may hold bytes that are not UTF-8; they are written as JSON escapes them.
+    """
+    write_bytes_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
