@@ -241,7 +241,8 @@ def test_wrong_file_is_explained(text: str | bytes, line: str) -> None:
         ("schedule.warmup=3", "schedule.warmup: 3 is not a mapping of keys"),
         ("seed.x=3", "seed: {'x': 3} is not a whole number"),
         ("seed=", "seed: no value after '='; write null for none"),
-        ("seed=# x", "seed: no value after '='; write null for none"),
+        ("seed=# x", "seed: '# x' is not a whole number"),
+        ("seed=-.inf", "seed: -.inf is not a finite number"),
         ("seed", "'seed' is not of the form section.key=value"),
         ("=3", "'=3' is not of the form section.key=value"),
         ("schedule..every=3", "'schedule..every=3' is not of the form section.key=value"),
@@ -434,6 +435,7 @@ def _lines(text: str | bytes, *overrides: str) -> list[str]:
     ("override", "key", "value"),
     [
         ("data.root=/data/my set #2", "root", "/data/my set #2"),
+        ("data.root=#2", "root", "#2"),
         ("data.root=a: b", "root", "a: b"),
         ("data.root=~/sets", "root", str(Path.home() / "sets")),
         ("data.root=$SETS/one", "root", "/sets/one"),

@@ -140,7 +140,7 @@ def _command_line_layer(overrides: Sequence[str]) -> Layer:
 
 def _override_value(text: str, where: str) -> Any:
     """YAML where it is meant: text that opens no mapping, list, quotes or the like is one word, `#` and all."""
-    if not text or text[0] in "{[\"'|>&*!%@`#" or "\n" in text:
+    if not text or text[0] in "{[\"'&*!" or "\n" in text:
         return read_yaml(text, where, if_empty="no value after '='; write null for none")
     return read_plain(text, where)
 

@@ -25,9 +25,10 @@ def read_yaml(text: str, where: str, if_empty: str) -> Any:
     """
     line, column = 0, 0
     try:
-        node = _Composer(text).get_single_node()
+        loader = _Loader(text)
+        node = loader.get_single_node()
         if node is not None:
-            return _value(node)
+            return loader.construct_document(node)
         problem = if_empty
     except yaml.MarkedYAMLError as error:
         problem = ", ".join(part for part in (error.context, error.problem) if part)
@@ -44,11 +45,11 @@ def read_yaml(text: str, where: str, if_empty: str) -> Any:
 
 def read_plain(text: str, where: str) -> Any:
     """The value of `text` as one plain scalar, of which ``#`` and ``: `` are parts; raises ConfigError."""
-    tag = _Composer("").resolve(yaml.ScalarNode, text, (True, False))
+    loader = _Loader("")
     try:
-        return _scalar(tag.rpartition(":")[2], text)
-    except ValueError as error:
-        raise config_error(where, str(error)) from None
+        return loader.construct_document(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    except yaml.MarkedYAMLError as error:
+        raise config_error(where, str(error.problem)) from None
 
 
 def write_yaml(data: Any) -> str:
@@ -56,8 +57,8 @@ def write_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)
 
 
-class _Composer(yaml.BaseLoader):
-    """Composes plain nodes only: what could run code, or grow beyond the file's own size, is refused."""
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without what could run code, or grow beyond the file's own size, and with text for keys."""
 
     depth = 0
 
@@ -74,6 +75,39 @@ class _Composer(yaml.BaseLoader):
         self.depth -= 1
         return node
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Keys are always text (``1:`` is the key '1'), since a dotted path must be able to name them."""
+        values: dict[Any, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _error_at(key_node, "a key must be a plain word")
+            key = self.text(key_node)
+            if key in values:
+                raise _error_at(key_node, f"the key {key!r} appears a second time (first on line {lines[key]})")
+            lines[key] = key_node.start_mark.line + 1
+            values[key] = self.construct_object(value_node, deep=deep)
+        return values
+
+    def text(self, node: yaml.ScalarNode) -> str:
+        try:  # JSON, which YAML includes, escapes a character beyond U+FFFF as two surrogates
+            return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise _error_at(node, "half of a surrogate pair is not a character") from None
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        text = node.value
+        if len(text) > MAX_DIGITS:
+            raise _error_at(node, f"a number of {len(text)} digits is too long")
+        base = {"0x": 16, "0o": 8}.get(text[:2], 10)
+        return int(text if base == 10 else text[2:], base)
+
+    def fraction(self, node: yaml.ScalarNode) -> float:
+        number = self.construct_yaml_float(node)
+        if not math.isfinite(number):
+            raise _error_at(node, f"{node.value} is not a finite number")
+        return number
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that YAML 1.1 or 1.2 would read as something else; short lists go on one line."""
@@ -88,71 +122,23 @@ def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
 
 
 _Dumper.add_representer(list, _represent_list)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.fraction)
 
+_Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1
 # The scalars of YAML 1.2's core schema (its section 10.3.2), so that 1e-4 is a number and `no` is a word.
 for _tag, _pattern, _first in [
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("not finite", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
 ]:
-    for _class in (_Composer, _Dumper):
+    for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def _error_at(thing: yaml.Event | yaml.Node, problem: str) -> yaml.MarkedYAMLError:
     mark = thing.start_mark
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark if isinstance(mark, yaml.Mark) else None)
-
-
-def _value(node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node)
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item) for item in node.value]
-    assert isinstance(node, yaml.ScalarNode)
-    try:
-        return _scalar(node.tag.rpartition(":")[2], _text(node))
-    except ValueError as error:
-        raise _error_at(node, str(error)) from None
-
-
-def _text(node: yaml.ScalarNode) -> str:
-    try:  # JSON, which YAML includes, escapes a character beyond U+FFFF as two surrogates
-        return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise _error_at(node, "half of a surrogate pair is not a character") from None
-
-
-def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
-    """Keys are always text (``1:`` is the key '1'), since a dotted path must be able to name them."""
-    values: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise _error_at(key_node, "a key must be a plain word")
-        key = _text(key_node)
-        if key in values:
-            raise _error_at(key_node, f"the key {key!r} appears a second time (first on line {lines[key]})")
-        lines[key] = key_node.start_mark.line + 1
-        values[key] = _value(value_node)
-    return values
-
-
-def _scalar(kind: str, text: str) -> str | int | float | bool | None:
-    if kind == "null":
-        return None
-    if kind == "bool":
-        return text.lower() == "true"
-    if kind == "int":
-        if len(text) > MAX_DIGITS:
-            raise ValueError(f"a number of {len(text)} digits is too long")
-        base = {"0x": 16, "0o": 8}.get(text[:2], 10)
-        return int(text if base == 10 else text[2:], base)
-    if kind in ("float", "not finite"):
-        number = float(text) if kind == "float" else math.inf
-        if not math.isfinite(number):
-            raise ValueError(f"{text} is not a finite number")
-        return number
-    return text
