@@ -33,7 +33,9 @@ class BatchSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_of_two(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("workers_per_rank") is not None:
+        if (
+            isinstance(values, dict) and type(values.get("workers_per_rank")) is int
+        ):  # another value is reported as such
             if values.get("virtual_workers") is not None:
                 raise ValueError(
                     f"virtual_workers {values['virtual_workers']} and workers_per_rank {values['workers_per_rank']} "
