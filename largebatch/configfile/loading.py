@@ -161,4 +161,5 @@ def _with_whole_numbers(values: Any) -> Any:
         return {key: item if key == "arguments" else _with_whole_numbers(item) for key, item in values.items()}
     if isinstance(values, list):
         return [_with_whole_numbers(item) for item in values]
-    return int(values) if isinstance(values, float) and values.is_integer() else values
+    whole = isinstance(values, float) and values.is_integer() and str(values) != "-0.0"  # which no whole number is
+    return int(values) if whole else values
