@@ -476,6 +476,23 @@ def test_too_little_shared_memory_is_said_before_a_process_starts(
     assert len(read(imagefolder(folder, processes=2), [0, 1])[0]) == 2
 
 
+def test_validation_keeps_less_ready_where_shared_memory_is_short(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import multiprocessing
+    import shutil
+
+    used = shutil.disk_usage("/")
+    for free, processes in ((2 * 3 * 768, 1), (10, 0)):  # three results of one image of 16 x 16, or none
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: used._replace(free=free))
+        _, source = load(imagefolder(folder, processes=2, prefetch=1), seed=0, device=torch.device("cpu"))
+        batches = source.stream([Pass(0, np.array([0, 2]))] * 2, augment=False)
+        assert next(batches)[1].tolist() == [0, 1]
+        assert len(multiprocessing.active_children()) == processes
+        batches.close()
+        del source
+
+
 def test_shared_memory_that_runs_out_is_an_error_and_no_lost_batch(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,11 +68,13 @@ def make_loader(
     """A DataLoader that gives ``decoder[item]`` for each item of `sampler`, in order.
 
     `pass_bytes` is the size of one such result; `where` names the data in messages. With `keep` its processes stay for
-    the next time that it is iterated over; with `pin` results lie in pinned memory. Raises DataError if the processes
-    cannot be had.
+    the next time that it is iterated over, and as shared memory may be scarce by then, fewer results are kept ready;
+    with `pin` results lie in pinned memory. Raises DataError if the processes cannot be had.
     """
     if processes:
         processes = _affordable(processes)
+    if processes and keep:
+        processes, prefetch = _that_fit(pass_bytes, processes, prefetch)
     if processes:
         _check_shared_memory(pass_bytes * processes * prefetch)
         _check_pickles(decoder, where)
@@ -153,12 +155,31 @@ def _affordable(processes: int) -> int:
     return 0
 
 
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+
+
+def _that_fit(pass_bytes: int, processes: int, prefetch: int) -> tuple[int, int]:
+    """As many processes and results kept ready as half of the free shared memory holds; no process if it holds none.
+
+    Nobody wants a run to stop at its first evaluation, hours after its start.
+    """
+    if not _SHM.exists() or not pass_bytes:
+        return processes, prefetch
+    results = shutil.disk_usage(_SHM).free // (2 * _ranks_here() * pass_bytes)
+    if results >= processes * prefetch:
+        return processes, prefetch
+    processes = min(processes, results)
+    return processes, max(1, results // max(1, processes))
+
+
 def _check_shared_memory(needed: int) -> None:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    """Raise DataError if what all ranks of this machine keep ready cannot fit; a late one sees less that is free."""
+    ranks = _ranks_here()
     if not _SHM.exists():
         return
-    free = shutil.disk_usage(_SHM).free
-    if needed * ranks > free:
+    total, _, free = shutil.disk_usage(_SHM)
+    if needed > free or needed * ranks > total:
         raise DataError(
             f"{_SHM} has {free / 2**20:.0f} MiB free, and what loader processes keep ready takes "
             f"{needed * ranks / 2**20:.0f} MiB: lower data.loader_processes or data.prefetch, or give the container "
@@ -168,7 +189,8 @@ def _check_shared_memory(needed: int) -> None:
 
 def _check_pickles(decoder: Any, where: str) -> None:
     try:
-        pickle.dumps(decoder)
+        if b"__main__" in pickle.dumps(decoder):
+            raise TypeError("its class is defined in __main__, which a loader process does not have")
     except Exception as error:
         raise DataError(
             f"{where}: the dataset cannot be sent to a loader process ({type(error).__name__}: {error}); define it at "
