@@ -113,15 +113,18 @@ def differences(old: Config, new: Config) -> list[str]:
     """What keeps a run of `old` from being resumed by `new`: one line for each value that differs."""
     before, after = dict(_fixed(old)), dict(_fixed(new))
     return [
-        f"{path}: was {before[path]!r}, now {after[path]!r}" for path in sorted(before) if before[path] != after[path]
+        f"{path}: was {before.get(path)!r}, now {after.get(path)!r}"
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
     ]
 
 
 def _fixed(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values that may not differ when a run is resumed, by their paths."""
+    written = section.model_dump()  # a section may leave out what another of its keys decides
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if FREE_ON_RESUME in field.metadata:
+        if FREE_ON_RESUME in field.metadata or name not in written:
             continue
         if isinstance(value, Section):
             yield from _fixed(value, f"{prefix}{name}.")
