@@ -232,6 +232,27 @@ def benchmark(
 
 
 @app.command()
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="How many first steps to compare.")] = 8,
+    run_dir: Annotated[
+        Path | None, typer.Option(parser=_folder, help="For verify.json.  [default: runs/verify_<config name>]")
+    ] = None,
+) -> None:
+    """Show that a config's first steps give the same bits on 1, 2, ... N ranks and for any deal of its workers.
+
+    Start it with torchrun or srun, like benchmark. Exit status 3 on a difference, whose module is named.
+    """
+    loaded = _load(config, overrides)
+    from largebatch.distributed.environment import read_launch
+    from largebatch.verify import verify as run_verify
+
+    launch = read_launch()
+    run_verify(loaded.for_ranks(launch.world_size), steps, launch, run_dir or Path("runs") / f"verify_{config.stem}")
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None,

@@ -14,7 +14,7 @@ HOUSE = Path(__file__).parents[1] / "largebatch"
 # From the top down. Parts of one storey do not know each other, but for the ground floor's.
 STOREYS = [
     {"cli", "__main__"},
-    {"benchmark", "doctor", "reproduce"},
+    {"benchmark", "doctor", "reproduce", "verify"},
     {"run"},
     {"runfolder"},
     {"resume"},
@@ -28,7 +28,15 @@ STOREYS = [
 ]
 # largebatch/__init__.py is the front door: it hands out names of many parts, when they are asked for.
 FRONT_DOOR = "__init__"
-SPEAKERS = {"cli.py", "run.py", "runfolder.py", "benchmark/command.py", "reproduce/command.py", "report/progress.py"}
+SPEAKERS = {
+    "cli.py",
+    "run.py",
+    "runfolder.py",
+    "verify.py",
+    "benchmark/command.py",
+    "reproduce/command.py",
+    "report/progress.py",
+}
 MODULES = sorted(HOUSE.rglob("*.py"))
 LONGEST_FUNCTION = 70  # lines
 

@@ -23,8 +23,8 @@ def check_replicas(model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step
     """
     if ranks.world_size == 1:
         return
-    tensors = dict(_tensors(model, optimizer))
-    sums = ranks.gather(torch.stack([_checksum(t) for t in tensors.values()]).tolist())
+    tensors = dict(named_tensors(model, optimizer))
+    sums = ranks.gather(torch.stack([checksum(t) for t in tensors.values()]).tolist())
     (majority, votes), *_ = Counter(map(tuple, sums)).most_common()
     odd = [rank for rank, own in enumerate(sums) if tuple(own) != majority]
     if not odd:
@@ -50,7 +50,8 @@ def digest_of(model: nn.Module) -> str:
     return hashed.hexdigest()
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """All that a training carries from step to step, with names for messages."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     yield from model.state_dict().items()
     for parameter, state in optimizer.state.items():
@@ -59,7 +60,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tens
                 yield f"the optimizer's {key} of {names.get(id(parameter), '?')}", value
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor) -> Tensor:
     """The sum of the tensor's bits read as integers, modulo 2**64: any single flipped bit changes it."""
     bits = tensor.detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
     return bits.sum(dtype=torch.int64)

@@ -134,6 +134,11 @@ class VirtualWorkers:
         self._deal = deal
 
     @property
+    def leaf(self) -> int | None:
+        """The number of the pass that runs now, None between steps."""
+        return self._pass.leaf if self._pass is not None else None
+
+    @property
     def workers_by_pass(self) -> list[range]:
         """The virtual workers of each of this rank's passes of a step, in order."""
         return self.deal.workers_of(self._ranks.rank)
