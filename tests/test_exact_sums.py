@@ -168,6 +168,21 @@ def go_back_by_themselves(virtual: VirtualWorkers, passes: Iterator[range]) -> N
         loss_of(virtual).backward()
 
 
+def use_the_model_itself(virtual: VirtualWorkers, passes: Iterator[range]) -> None:
+    for _ in passes:
+        virtual.backward(virtual.model(torch.randn(5, 4)).square().mean())
+
+
+def freeze_late(virtual: VirtualWorkers, passes: Iterator[range]) -> None:
+    virtual.model[0].requires_grad_(False)
+    try:
+        for _ in passes:
+            virtual.backward(loss_of(virtual))
+    finally:
+        virtual.model[0].requires_grad_(True)
+        virtual.model[0].bias.requires_grad_(True)
+
+
 def fail(virtual: VirtualWorkers, passes: Iterator[range]) -> None:
     for _ in passes:
         virtual.backward(loss_of(virtual))
@@ -182,6 +197,8 @@ def fail(virtual: VirtualWorkers, passes: Iterator[range]) -> None:
         (leave_one_out, UserError, r"a pass had no backward; call virtual\.backward\(loss\)"),
         (leave_the_last_out, UserError, "a pass had no backward"),
         (go_back_by_themselves, UserError, r"not loss\.backward\(\)"),
+        (use_the_model_itself, UserError, r"call virtual\(images\), not the model itself"),
+        (freeze_late, UserError, r"2 of the model's 6 .* were frozen after VirtualWorkers was made"),
         (fail, KeyError, "own"),
     ],
 )

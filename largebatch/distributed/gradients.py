@@ -97,6 +97,11 @@ class GradientExchange:
         """``p.grad`` of every parameter. Raises UserError if the last backward did not reach one."""
         found = [p.grad for p in self.parameters if p.grad is not None]
         if len(found) != len(self.parameters):
+            if frozen := sum(not p.requires_grad for p in self.parameters):
+                raise UserError(
+                    f"{frozen} of the model's {len(self.parameters)} trainable parameters were frozen after "
+                    "VirtualWorkers was made; freeze them before, or make it anew"
+                )
             raise UserError(
                 f"{len(self.parameters) - len(found)} of the model's {len(self.parameters)} trainable parameters got "
                 f"no gradient; {_REMEDY}"

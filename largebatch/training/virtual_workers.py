@@ -213,6 +213,8 @@ class VirtualWorkers:
     def __call__(self, *inputs: Any) -> Any:
         """The model's output for one pass, through DDP if there are several ranks."""
         self.own_compute.go()
+        if self._pass is not None:
+            self._pass.forwards += 1
         return self._wrapped(*inputs)
 
     def backward(self, loss: Tensor, *, sums: Mapping[str, Tensor] | None = None, factor: float = 1.0) -> None:
@@ -224,6 +226,11 @@ class VirtualWorkers:
         now = self._pass
         if now is None:
             raise UserError("virtual.backward: there is no pass; call it inside `with virtual.step(t) as passes`")
+        if not now.forwards:
+            raise UserError(
+                "virtual.backward: nothing was computed by virtual(...) in this pass; call virtual(images), not the "
+                "model itself, whose gradients several ranks would not exchange"
+            )
         now.backwards += 1
         if now.backwards > 1:
             raise UserError("virtual.backward was called twice in one pass; add the losses up and call it once")
@@ -300,4 +307,5 @@ class _Pass:
         self.leaf = leaf
         self.last = last
         self.loss_scale = loss_scale
+        self.forwards = 0
         self.backwards = 0
