@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+import signal
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -503,3 +508,39 @@ def test_shared_memory_that_runs_out_is_an_error_and_no_lost_batch(
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(DataError, match=r"no shared memory left .*No space left.* --shm-size"):
         read(imagefolder(folder, processes=0), [0, 1])
+
+
+def test_many_evaluations_with_loader_processes_on_two_ranks(folder: Path) -> None:
+    """The short form of three times a thousand: no stop by itself, and one rank's weights."""
+    from run_folders import records, tensor_hashes
+    from survive import Fleet
+
+    options = ["schedule={epochs: 20, reference_lr: 0.001}", "data.loader_processes=2", "model.name=mlp"]
+    for ranks in (1, 2):
+        run = folder / str(ranks)
+        with Fleet(ranks, "train", folder / "config.yaml", "--run-dir", run, *options) as fleet:
+            assert [outcome.status for outcome in fleet.outcomes()] == [0] * ranks, fleet.story()
+        assert sum("val/loss" in record for record in records(run)) == 20
+    assert tensor_hashes(folder / "1") == tensor_hashes(folder / "2")
+
+
+def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(folder: Path) -> None:
+    """As torchrun sends it: the loaders must outlive it until their rank has written."""
+    run = folder / "run"
+    command = [sys.executable, "-m", "largebatch", "train", folder / "config.yaml", "--run-dir", run]
+    options = ["schedule={epochs: 100000, reference_lr: 0.001}", "data.loader_processes=2", "model.name=mlp"]
+    with (folder / "err").open("w") as err, (folder / "out").open("w") as out:
+        process = subprocess.Popen([*command, *options], start_new_session=True, stdout=out, stderr=err)
+        try:
+            while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+                assert process.poll() is None, (folder / "err").read_text()
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(100) == 75, (folder / "err").read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    said = (folder / "err").read_text()
+    assert "stopped by a signal after step" in said
+    assert "Traceback" not in said
+    assert list((run / "checkpoints").glob("step_*.pt"))
