@@ -12,7 +12,7 @@ import pytest
 import torch
 from survive import Fleet, newest_step, slow_steps, training
 
-from largebatch import run
+from largebatch import run, runfolder
 from largebatch.data.known import Split
 from largebatch.distributed import environment
 from largebatch.distributed.environment import RENDEZVOUS
@@ -123,7 +123,7 @@ def test_backends_that_disagree(tmp_path: Path) -> None:
 
 
 def _wait_shortly(_: int) -> None:
-    run.hold_folder = lambda folder: hold_folder(folder, patience_seconds=0.5)
+    runfolder.hold_folder = lambda folder: hold_folder(folder, patience_seconds=0.5)
 
 
 def test_a_folder_in_which_another_process_trains(tmp_path: Path) -> None:
