@@ -38,6 +38,7 @@ from largebatch.training.evaluation import evaluate
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
 from largebatch.training.preemption import StopRequest, stop_on_signals
+from largebatch.training.replicas import digest_of
 from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
 
@@ -276,7 +277,8 @@ def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]
             key: value.detach().to("cpu", copy=True).contiguous()
             for key, value in trainer.virtual.model.state_dict().items()
         }
-    summary = trainer.summary()
+        digest = digest_of(trainer.virtual.model)
+    summary = trainer.summary() | {"weights_sha256": digest}
     ranks.from_main(lambda: folder.write_end(weights, summary, warn=_warn))
     if 2 * trainer.skipped_steps > trainer.step:
         raise HealthError(

@@ -153,11 +153,18 @@ class RunFolder:
             "data": data,
         }
         with self.writing():
-            if not self._config.exists() or read_config(self._config) != config:  # else it may be the user's own
+            if not self._says(config):  # else it may be the user's own, with comments
                 write_text_atomically(self._config, dump_config(config))
             write_json_atomically(self.path / "plan.json", plan.as_dict())
             write_json_atomically(self.path / "environment.json", describe_environment())
             write_json_atomically(self._inference, inference)
+
+    def _says(self, config: Config) -> bool:
+        """Whether config.yaml holds `config`; what an earlier run left there may be anything."""
+        try:
+            return self._config.exists() and read_config(self._config) == config
+        except ConfigError:
+            return False
 
     def write_end(
         self, weights: dict[str, torch.Tensor], summary: dict[str, Any], *, warn: Callable[[str], None]

@@ -119,6 +119,15 @@ def test_an_unfinished_run_is_evaluated_by_its_newest_checkpoint(run_dir: Path) 
     assert json.loads(outcome.out)["val/top1_error"] == summary(run_dir)["top1_error"]
 
 
+def test_a_run_that_was_killed_before_its_summary_has_the_same_one(run_dir: Path) -> None:
+    before = summary(run_dir)
+    for name in ("summary.json", "model.pt"):
+        (run_dir / name).unlink()
+    (outcome,) = call_on(1, "train", DIGITS, "--run-dir", run_dir, *SHORT)
+    assert outcome.status == 0, outcome.err
+    assert summary(run_dir)["weights_sha256"] == before["weights_sha256"] == records(run_dir)[-1]["weights_sha256"]
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -83,7 +83,7 @@ class FolderPictures:
         hashed = hashlib.sha256(b"\n".join(self._files.tolist()))
         for index in range(0, len(self), -(-len(self) // _SIZED)):
             with contextlib.suppress(OSError):  # whoever reads it will say so
-                hashed.update(b"%d" % os.stat(self.name(index)).st_size)
+                hashed.update(b"%d\n" % os.stat(self.name(index)).st_size)
         return hashed.hexdigest()
 
     def name(self, index: int) -> str:

@@ -96,8 +96,8 @@ class ExactSum:
         # bound < 2^exponent. Clamped so that neither the unit nor its inverse leaves float32.
         exponent = (torch.frexp(self._used).exponent + (grid.headroom - grid.bits)).clamp(-100, 100)
         self._unit = _power_of_two(exponent)
-        self._per_unit = _power_of_two(-exponent)
-        factors = self._per_unit if loss_scale is None else self._per_unit / loss_scale
+        per_unit = _power_of_two(-exponent)
+        factors = per_unit if loss_scale is None else per_unit / loss_scale
         self._factors = list(factors.to(self._dtype).unbind())
         self._coarse_per_unit = factors * 2.0 ** (grid.coarse_bits - grid.bits)
         self._units = list(self._unit.to(self._dtype).unbind())

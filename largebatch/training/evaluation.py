@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from largebatch.data.source import ImageSource, Pass
 from largebatch.distributed.environment import Ranks
+from largebatch.distributed.kernels import deterministic
 from largebatch.errors import DataError
 from largebatch.recipe.batch import block
 from largebatch.recipe.order import evaluation_batches
@@ -39,7 +40,7 @@ def evaluate(
     passes = [Pass(0, np.arange(batches[b].start, batches[b].stop)) for b in mine]
     training = [module for module in model.modules() if module.training]
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), deterministic(ranks.device, wanted=True):
         for row, (images, labels) in zip(mine, source.stream(passes, augment=False), strict=True):
             if not len(images):  # all of them were left out
                 continue

@@ -53,8 +53,6 @@ class StepResult:
     """Boolean, [parameters]: these tensors' sums may not be exact, and the update is left out."""
     passes_not_finite: Tensor
     """Boolean, [passes]: this rank's passes whose loss was not finite."""
-    left_out: Tensor
-    """Boolean, []: the update was not applied, for whichever reason."""
 
 
 def train_step(
@@ -103,5 +101,4 @@ def train_step(
         not_finite=not_finite,
         overflowed=virtual.outcome.overflowed,
         passes_not_finite=~torch.stack(losses).isfinite(),
-        left_out=left_out,
     )

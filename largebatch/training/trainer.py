@@ -97,8 +97,6 @@ class Trainer:
     recent_top1_errors: list[float] = field(default_factory=list)
     """Validation errors (percent) of the last five evaluations, newest last."""
     last_validation: dict[str, float] = field(default_factory=dict)
-    weights_sha256: str = ""
-    """Of the weights and BatchNorm statistics that were evaluated last: equal for equal bits."""
     seconds: float = 0.0
     """Time in `run`, over all restarts."""
     train_seconds: float = 0.0
@@ -182,7 +180,7 @@ class Trainer:
                     self._note_overflow(facts, progress)
                     evaluates, saves = evaluations.due(self.step), self._saves_after(facts)
                     if saves:
-                        facts = self._settle(facts)
+                        facts = self._settle(facts, progress)
                     record: dict[str, Any] = {}
                     if evaluates or logs.due(self.step):
                         record = self._read_interval(clock, batches, progress)
@@ -236,9 +234,10 @@ class Trainer:
         every = self.logging.noise_scale_every_steps
         return every > 0 and self.step % every == 0
 
-    def _settle(self, facts: StepFacts) -> StepFacts:
+    def _settle(self, facts: StepFacts, progress: Progress) -> StepFacts:
         """`facts`, and those of the steps since: what a checkpoint holds must be known to be good."""
         for later in self._facts.rest():
+            self._note_overflow(later, progress)
             self._check_finite(later)
             facts = replace(later, stop=facts.stop or later.stop, failed=facts.failed or later.failed)
         return facts
@@ -388,10 +387,10 @@ class Trainer:
                 autocast=self.autocast,
                 memory_format=self.memory_format,
             )
-            self.weights_sha256 = digest_of(self.virtual.model)
+            digest = digest_of(self.virtual.model)
         self.recent_top1_errors = [*self.recent_top1_errors, self.last_validation["val/top1_error"]][-5:]
         shown = {key: value for key, value in self.last_validation.items() if key != "val/images"}
-        return shown | {"weights_sha256": self.weights_sha256}
+        return shown | {"weights_sha256": digest}
 
     @contextlib.contextmanager
     def evaluation_statistics(self) -> Iterator[None]:
@@ -428,7 +427,6 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "global_batch": self.order.global_batch,
             "peak_lr": self.schedule.peak_lr,
-            "weights_sha256": self.weights_sha256,
             **({"skipped_images": int(skipped)} if skipped else {}),
             **({"skipped_train_images": skipped_train} if skipped_train else {}),
             **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
