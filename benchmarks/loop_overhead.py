@@ -27,11 +27,9 @@ from largebatch.configfile.loading import load_config
 from largebatch.data.load import load
 from largebatch.data.source import ImageSource, Pass
 from largebatch.distributed.environment import Ranks, connect
-from largebatch.plan import make_plan
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically
-from largebatch.run import build_model, make_trainer
-from largebatch.training.checkpoint import CheckpointFolder
+from largebatch.run import build_model, unsaved_trainer
 from largebatch.training.optimizer import parameter_groups
 from largebatch.training.precision import make_autocast
 from largebatch.training.step import TimedBatches, train_step
@@ -47,10 +45,7 @@ def our_window(
     """A window of steps as `largebatch train` runs them; with `noise`, each measures the gradient noise scale."""
     if noise:
         config = config.model_copy(update={"logging": config.logging.model_copy(update={"noise_scale_every_steps": 1})})
-    plan = make_plan(
-        config, name="", world_size=ranks.world_size, train_images=sources[0].images, val_images=sources[1].images
-    )
-    trainer = make_trainer(config, plan, ranks, sources, CheckpointFolder(Path("unused"), keep=1))
+    trainer = unsaved_trainer(config, ranks, sources)
     passes = (
         Pass(trainer.order.epoch_of(step), trainer.order.indices(step, workers))
         for step in itertools.count()

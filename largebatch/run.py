@@ -39,6 +39,7 @@ from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
 from largebatch.training.preemption import StopRequest, stop_on_signals
 from largebatch.training.replicas import digest_of
+from largebatch.training.settings import ExecutionSettings
 from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
 
@@ -56,15 +57,7 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
     _check_before_start(config.for_ranks(launch.world_size), folder, resume, launch)
     agent = os.getppid() if launch.launcher == "torchrun" else None
     with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(
-            connect(
-                launch,
-                device=config.execution.device,
-                backend=config.execution.backend,
-                threads=config.execution.threads,
-                timeout_seconds=60 * config.execution.timeout_minutes,
-            )
-        )
+        ranks = stack.enter_context(connect_ranks(config.execution, launch))
         # From here on: a signal ends a process that still waits for the others.
         stop_request = stack.enter_context(stop_on_signals(launcher=agent))
         stack.enter_context(name_lost_ranks(ranks))
@@ -74,6 +67,20 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
         )
         finished = ranks.from_main(lambda: folder.open(stack, anew=resume == "never"))
         return finished or _train_connected(config, folder, name, ranks, stop_request)
+
+
+def connect_ranks(
+    execution: ExecutionSettings, launch: Launch, *, group_of_one: bool = False
+) -> contextlib.AbstractContextManager[Ranks]:
+    """The ranks of `launch`, as a context, as a config's `execution` wants them (see `connect`)."""
+    return connect(
+        launch,
+        device=execution.device,
+        backend=execution.backend,
+        threads=execution.threads,
+        timeout_seconds=60 * execution.timeout_minutes,
+        group_of_one=group_of_one,
+    )
 
 
 def check_alike(own: dict[str, str], ranks: Ranks) -> None:
@@ -266,6 +273,21 @@ def make_trainer(
     )
 
 
+def unsaved_trainer(config: Config, ranks: Ranks, sources: tuple[ImageSource, ImageSource]) -> Trainer:
+    """A trainer in training mode at step 0 whose steps are measured or compared, and never saved."""
+    train, validation = sources
+    plan = make_plan(
+        config,
+        name="unsaved",
+        world_size=ranks.world_size,
+        train_images=train.images,
+        val_images=validation.images,
+    )
+    trainer = make_trainer(config, plan, ranks, sources, CheckpointFolder(Path("unused"), keep=1))
+    trainer.virtual.model.train()
+    return trainer
+
+
 def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
     """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end.
 
@@ -302,16 +324,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], launch: Launch) -> dic
             )
     config = folder.read_config(overrides)
     execution = config.execution
-    with (
-        connect(
-            launch,
-            device=execution.device,
-            backend=execution.backend,
-            threads=execution.threads,
-            timeout_seconds=60 * execution.timeout_minutes,
-        ) as ranks,
-        name_lost_ranks(ranks),
-    ):
+    with connect_ranks(execution, launch) as ranks, name_lost_ranks(ranks):
         _, validation = load(config.data, seed=config.seed, device=ranks.device)
         if config.data.on_change == "refuse":
             check_data(folder.data(), {DATA_PARTS[1]: describe_data(validation)})

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from largebatch.config import Config
 from largebatch.data.load import load
 from largebatch.data.source import ImageSource
-from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.distributed.environment import Launch, Ranks
+from largebatch.distributed.kernels import allow_tf32
+from largebatch.distributed.roll_call import name_lost_ranks
 from largebatch.distributed.subgroups import Subgroups
 from largebatch.errors import ConfigError, HealthError, UserError
-from largebatch.plan import make_plan
 from largebatch.recipe.batch import Deal, deal_equally
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically
-from largebatch.run import make_trainer
-from largebatch.training.checkpoint import CheckpointFolder
+from largebatch.run import connect_ranks, unsaved_trainer
 from largebatch.training.replicas import checksum, named_tensors
 from largebatch.training.step import TimedBatches, train_step
 from largebatch.training.trainer import Trainer
@@ -70,20 +70,18 @@ def verify(config: Config, steps: int, launch: Launch, run_dir: Path) -> None:
             "verify needs reproducible"
         )
     deal_equally(config.batch.virtual_workers, execution.workers_per_pass, launch.world_size)
-    # In the process itself, since each step asks for the images of another deal.
+    # Images are decoded in the process itself, since each step asks for those of another deal; fewer ranks have several
+    # passes, which a static graph does not allow. Neither changes a number.
     data = config.data.model_copy(update={"loader_processes": 0})
-    config = config.model_copy(update={"data": data})
-    with connect(
-        launch,
-        device=execution.device,
-        backend=execution.backend,
-        threads=execution.threads,
-        timeout_seconds=60 * execution.timeout_minutes,
-        group_of_one=True,
-    ) as ranks:
+    execution = execution.model_copy(update={"static_graph": False})
+    config = config.model_copy(update={"data": data, "execution": execution})
+    with connect_ranks(execution, launch, group_of_one=True) as ranks, name_lost_ranks(ranks):
+        allow_tf32(execution.tf32)
         sources = load(config.data, seed=config.seed, device=ranks.device)
         groups = Subgroups(ranks, range(1, ranks.world_size + 1))
         wanted = [(n, False) for n in range(1, ranks.world_size + 1)] + [(ranks.world_size, True)]
+        # On all ranks first: what is wrong with the config is said before some of them wait for others.
+        unsaved_trainer(config, ranks, sources)
         records = []
         for count, shuffled in wanted:
             members = groups.first(count, ddp=count > 1)
@@ -98,19 +96,10 @@ def verify(config: Config, steps: int, launch: Launch, run_dir: Path) -> None:
 def _run(
     config: Config, steps: int, members: Ranks, sources: tuple[ImageSource, ImageSource], shuffled: bool
 ) -> Record:
-    train, validation = sources
-    plan = make_plan(
-        config,
-        name="verify",
-        world_size=members.world_size,
-        train_images=train.images,
-        val_images=validation.images,
-    )
-    trainer = make_trainer(config, plan, members, sources, CheckpointFolder(Path("unused"), keep=1))
-    trainer.virtual.model.train()
+    trainer = unsaved_trainer(config, members, sources)
     name = f"{members.world_size} rank{'s' * (members.world_size > 1)}" + ", another deal each step" * shuffled
     record = Record(name)
-    for step in range(min(steps, plan.total_steps)):
+    for step in range(min(steps, trainer.schedule.total_steps)):
         if shuffled:
             trainer.virtual.deal = _random_deal(trainer.virtual.deal, step)
         with _witness(trainer) as outputs, warnings.catch_warnings(record=True) as warned:

@@ -51,3 +51,19 @@ def test_what_cannot_be_verified_says_why() -> None:
     outcome = call("verify", DIGITS, "execution.reduction=fast")
     assert outcome.status == 2
     assert "execution.reduction: fast is equal up to rounding only" in outcome.err
+
+
+def test_what_is_wrong_with_a_config_is_said_by_all_ranks_and_none_waits(tmp_path: Path) -> None:
+    for own, said in (
+        ("model={name: googlenet, arguments: {aux_logits: true}}", "model.name"),
+        ("batch.images_per_worker=4000", "is more than the"),
+    ):
+        outcomes = call_on(2, "verify", DIGITS, *SMALL, own, "--run-dir", tmp_path)
+        assert [outcome.status for outcome in outcomes] == [2, 2], outcomes
+        assert said in outcomes[0].err
+
+
+def test_a_static_graph_is_no_hindrance(tmp_path: Path) -> None:
+    options = ["batch={virtual_workers: 2, images_per_worker: 4}", "execution.static_graph=true", "--steps", "1"]
+    outcomes = call_on(2, "verify", DIGITS, *SMALL, *options, "--run-dir", tmp_path)
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes

@@ -32,11 +32,12 @@ from largebatch.benchmark.tables import (
 from largebatch.benchmark.tune import check_tune, tune, tune_notes
 from largebatch.config import Config
 from largebatch.data.load import Sources, load
-from largebatch.distributed.environment import Launch, Ranks, connect
+from largebatch.distributed.environment import Launch, Ranks
 from largebatch.distributed.subgroups import Subgroups
 from largebatch.errors import UserError
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically, write_text_atomically
+from largebatch.run import connect_ranks
 from largebatch.training.precision import slow_precision
 
 Note = Callable[[str], None]
@@ -58,14 +59,7 @@ def benchmark(config: Config, options: Options, launch: Launch, run_dir: Path, *
     if launch.rank == 0:
         _make_folder(run_dir)
     execution = config.execution
-    with connect(
-        launch,
-        device=execution.device,
-        backend=execution.backend,
-        threads=execution.threads,
-        timeout_seconds=60 * execution.timeout_minutes,
-        group_of_one=True,
-    ) as ranks:
+    with connect_ranks(execution, launch, group_of_one=True) as ranks:
         note: Note = _print if ranks.is_main else _silent
         slow = slow_precision(execution.precision, ranks.device)
         if slow:

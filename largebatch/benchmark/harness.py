@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,7 @@ from largebatch.data.source import ImageSource
 from largebatch.distributed.allreduce import NoExchange
 from largebatch.distributed.environment import Ranks
 from largebatch.distributed.exact import WIDE_STEPS
-from largebatch.plan import make_plan
-from largebatch.run import make_trainer
-from largebatch.training.checkpoint import CheckpointFolder
+from largebatch.run import unsaved_trainer
 from largebatch.training.step import Batch, TimedBatches, train_step
 
 KINDS = ("compute", "update", "exchange", "whole")
@@ -72,25 +69,16 @@ class Harness:
 
     def __init__(self, config: Config, ranks: Ranks, sources: tuple[ImageSource, ImageSource]) -> None:
         """`config` is the case's own; all `ranks` make theirs at once, then `warm_up`."""
-        train, validation = sources
-        plan = make_plan(
-            config,
-            name="benchmark",
-            world_size=ranks.world_size,
-            train_images=train.images,
-            val_images=validation.images,
-        )
         self._held_by_others = reset_peak(ranks.device)
         self.ranks = ranks
-        self.global_batch = plan.global_batch
-        self._trainer = make_trainer(config, plan, ranks, sources, CheckpointFolder(Path("unused"), keep=1))
-        self._trainer.virtual.model.train()
+        self._trainer = unsaved_trainer(config, ranks, sources)
+        self.global_batch = self._trainer.order.global_batch
         self._no_update = _NoUpdate(self._trainer.virtual.model.parameters(), lr=_LR)
         # A real stream is timed when its queue has run through once: from then on it is as full as it stays.
         data = config.data
         self._queue = 0 if data.name in IN_MEMORY else data.loader_processes * data.prefetch
         self._steps = itertools.count()
-        self._batch = self._make_batch(config, train)
+        self._batch = self._make_batch(config, sources[0])
         self.peak_memory = 0
         """Bytes, of the steps of `warm_up`; on a CPU those of the whole process."""
 
