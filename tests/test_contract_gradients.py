@@ -221,7 +221,7 @@ def reference(case: Case) -> tuple[list[list[np.ndarray]], list[float]]:
     """Plain PyTorch: the loss over all kn images at once, the model applied to each worker's n by themselves."""
     model = make_model(case)
     gradients, losses = [], []
-    for step in range(STEPS):
+    for step in range(case.steps):
         images, labels = batch(case, step)
         logits = torch.cat([model(images[worker]) for worker in range(case.k)])
         loss = F.cross_entropy(logits, labels.flatten())
@@ -263,6 +263,18 @@ def test_reproducible_is_the_same_to_the_last_bit_on_any_number_of_ranks(name: s
     for world_size in range(2, 7):
         assert [ranks[name].digests for ranks in outcomes(world_size)] == [alone] * world_size, world_size
     assert case.k // case.workers_per_pass >= 6
+
+
+@pytest.mark.parametrize("name", ["k=8", "k=7, buckets", "k=8, a random deal each step"])
+def test_int32_sums_too_are_the_gradient_of_the_mean_loss(name: str) -> None:
+    """After the int64 steps, on real processes, against plain PyTorch in float32 on the same way of the weights."""
+    case = BITWISE[name]
+    gradients, losses = reference(case)
+    for world_size in (1, 3):
+        outcome = outcomes(world_size)[0][name]
+        assert outcome.losses == pytest.approx(losses, rel=1e-5)
+        for ours, expected in zip(outcome.gradients[-1], gradients[-1], strict=True):
+            assert np.linalg.norm(ours - expected) <= 2e-5 * np.linalg.norm(expected) + 1e-7
 
 
 @pytest.mark.parametrize("name", ["fast", "fast, buckets", "fast, k=5"])

@@ -233,11 +233,11 @@ class PictureSource:
         std: Sequence[float],
         seed: int,
         device: torch.device,
-        leaves_out: bool = False,
+        validates: bool = False,
     ) -> None:
-        """With `leaves_out` (a validation set), a picture that cannot be read is not replaced by another."""
-        self.leaves_out = leaves_out and settings.on_error == "skip"
-        self._leaves_out = leaves_out
+        """A source that `validates` replaces no picture by another, and keeps its loader processes between streams."""
+        self.leaves_out = validates and settings.on_error == "skip"
+        self._validates = validates
         self._kept: tuple[_Passes, DataLoader] | None = None
         self.images, self.classes = len(pictures), pictures.classes
         self.class_names, self.mean, self.std = pictures.class_names, tuple(mean), tuple(std)
@@ -274,28 +274,28 @@ class PictureSource:
         """Count the pictures that were skipped, and name each of them once."""
         self.skipped += len(skipped)
         for problem in sorted(set(skipped) - self._known_bad):
-            instead = "it is left out" if self._leaves_out else "the next good picture stands in for it"
+            instead = "it is left out" if self._validates else "the next good picture stands in for it"
             _log.warning("warning: %s; %s (data.on_error: skip)", problem, instead)
         self._known_bad.update(skipped)
 
     def _loader(self, passes: Iterable[Pass], augment: bool) -> DataLoader:
-        if self._leaves_out and self._kept is not None:
+        if self._validates and self._kept is not None:
             self._kept[0].now = passes
             return self._kept[1]
         settings, given = self._settings, iter(passes)
         first = list(itertools.islice(given, 1))  # no later one is larger
         asked = _Passes(itertools.chain(first, given))
         loader = make_loader(
-            Decoder(self._pictures, settings, self._seed, augment=augment, leaves_out=self._leaves_out),
+            Decoder(self._pictures, settings, self._seed, augment=augment, leaves_out=self._validates),
             asked,
             processes=settings.loader_processes,
             prefetch=settings.prefetch,
             pass_bytes=sum(3 * settings.image_size**2 * len(one.indices) for one in first),
             where=f"data.name {settings.name}",
-            keep=self._leaves_out,
+            keep=self._validates,
             pin=self._device.type == "cuda",
         )
-        if self._leaves_out:
+        if self._validates:
             self._kept = asked, loader
         return loader
 

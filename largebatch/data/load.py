@@ -135,7 +135,7 @@ def _pictures(
         raise ConfigError("data.augmentation.kind: crop is for sets in memory; here: resized_crop or none")
     mean, std = normalisation(settings, 3, *own)
 
-    def source(pictures: Pictures, *, leaves_out: bool) -> PictureSource:
-        return PictureSource(pictures, settings, mean=mean, std=std, seed=seed, device=device, leaves_out=leaves_out)
+    def source(pictures: Pictures, *, validates: bool) -> PictureSource:
+        return PictureSource(pictures, settings, mean=mean, std=std, seed=seed, device=device, validates=validates)
 
-    return source(train, leaves_out=False), source(val, leaves_out=True)
+    return source(train, validates=False), source(val, validates=True)
