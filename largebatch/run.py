@@ -16,6 +16,7 @@ from largebatch.config import Config
 from largebatch.configfile.loading import digest
 from largebatch.data.catalog import facts
 from largebatch.data.load import load
+from largebatch.data.own import PARTS
 from largebatch.data.source import ImageSource
 from largebatch.data.source import describe as describe_data
 from largebatch.distributed.environment import Launch, Ranks, connect
@@ -44,7 +45,6 @@ from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
 
 _log = logging.getLogger(__name__)
-DATA_PARTS = ("training set", "validation set")
 
 
 def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _train_connected(
 ) -> dict[str, Any]:
     allow_tf32(config.execution.tf32)
     sources = load(config.data, seed=config.seed, device=ranks.device)
-    seen = {part: describe_data(source) for part, source in zip(DATA_PARTS, sources, strict=True)}
+    seen = {part: describe_data(source) for part, source in zip(PARTS, sources, strict=True)}
     check_alike({part: found["fingerprint"] for part, found in seen.items()}, ranks)
     checkpoints = folder.checkpoints(keep=config.checkpoint.keep)
     data = ranks.broadcast(checkpoints.newest(_warn) if ranks.is_main else None)
@@ -327,7 +327,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], launch: Launch) -> dic
     with connect_ranks(execution, launch) as ranks, name_lost_ranks(ranks):
         _, validation = load(config.data, seed=config.seed, device=ranks.device)
         if config.data.on_change == "refuse":
-            check_data(folder.data(), {DATA_PARTS[1]: describe_data(validation)})
+            check_data(folder.data(), {PARTS[1]: describe_data(validation)})
         allow_tf32(execution.tf32)
         model = build_model(config, validation, ranks, restored=True)
         folder.load_weights(model, ranks.device, warn=_log.warning if ranks.is_main else _log.debug)
