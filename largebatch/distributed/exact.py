@@ -202,7 +202,7 @@ def _largest(gradients: list[Tensor]) -> Tensor:
     if gradients[0].is_cuda:
         return torch.stack(torch._foreach_norm(gradients, math.inf))
     extremes = [g.aminmax() if g.numel() else (g.new_zeros(()), g.new_zeros(())) for g in gradients]
-    lowest, highest = (torch.stack([pair[i].to(torch.float64) for pair in extremes]) for i in (0, 1))
+    lowest, highest = (torch.stack([pair[i] for pair in extremes]) for i in (0, 1))
     return torch.maximum(highest, -lowest)
 
 
