@@ -46,6 +46,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         self._check_passes()
+        if self.data.augmentation.mixes and self.batch.images_per_worker == 1:
+            raise ValueError(
+                "data.augmentation.mixup_alpha and cutmix_alpha blend images of the same virtual worker, and "
+                "batch.images_per_worker 1 leaves it none to blend with; set it to 2 or more, or both of them to 0"
+            )
         return self
 
     def _check_passes(self) -> None:

@@ -16,6 +16,7 @@ from largebatch.config import Config
 from largebatch.configfile.loading import digest
 from largebatch.data.catalog import facts
 from largebatch.data.load import load
+from largebatch.data.mixing import Mixing
 from largebatch.data.own import PARTS
 from largebatch.data.source import ImageSource
 from largebatch.data.source import describe as describe_data
@@ -231,7 +232,7 @@ def make_trainer(
     restored: bool = False,
 ) -> Trainer:
     """The trainer of `config`, at step 0; `config` has the k that `resize` says."""
-    execution = config.execution
+    execution, how = config.execution, config.data.augmentation
     train_source, validation = sources
     model = build_model(config, train_source, ranks, note, restored=restored)
     optimizer = make_optimizer(
@@ -269,6 +270,7 @@ def make_trainer(
         checkpoints=checkpoints,
         resize=resize,
         loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,
+        mix=Mixing(how, classes=train_source.classes, seed=config.seed) if how.mixes else None,
         precise_steps=config.batchnorm.precise_steps if config.batchnorm.statistics == "precise" else 0,
     )
 

@@ -149,6 +149,7 @@ class Harness:
             lr=_LR,
             autocast=self._trainer.autocast,
             loss_scale=self._trainer.loss_scale,
+            mix=self._trainer.mix,
         )
 
     def _make_batch(self, config: Config, train: ImageSource) -> Batch:

@@ -37,6 +37,19 @@ class Augmentation(Section):
     ratio: Pair = Field(default=[3 / 4, 4 / 3])
     """`resized_crop`: smallest and largest width / height of the crop."""
 
+    mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
+    """mixup: each virtual worker blends its images with one another, by a share drawn from Beta(alpha, alpha) anew in
+    each step; 0 for none."""
+
+    cutmix_alpha: float = Field(default=0.0, ge=0, le=1000)
+    """CutMix: a box of another image of the virtual worker is pasted in, its area drawn likewise; 0 for none."""
+
+    mixup_prob: float = Field(default=1.0, gt=0, le=1)
+    """Probability that a virtual worker's images are mixed at all in a step."""
+
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    """Where mixup and CutMix are both on: the probability of CutMix."""
+
     @model_validator(mode="after")
     def _ranges(self) -> Augmentation:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -44,6 +57,11 @@ class Augmentation(Section):
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio}: needs 0 < smallest <= largest")
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are blended with one another."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 class Synthetic(Section):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from largebatch.data.mixing import Mixing
 from largebatch.training.optimizer import set_lr, update_unless
 from largebatch.training.precision import Autocast, LossScale
 from largebatch.training.virtual_workers import VirtualWorkers
@@ -65,24 +66,30 @@ def train_step(
     autocast: Autocast,
     loss_scale: LossScale,
     loss_factor: float = 1.0,
+    mix: Mixing | None = None,
     flags: Tensor | None = None,
     measure_noise: bool = False,
 ) -> StepResult:
     """Update number `step`, with learning rate `lr`; takes this rank's passes from `batches`.
 
-    `flags`, 1-D, is summed over all passes: a way to tell the other ranks something. `loss_factor` multiplies the
-    gradients (the ablations of remarks 1 and 3). `measure_noise` measures the gradient noise scale (see
-    `largebatch.training.noise_scale`).
+    `mix` blends a pass's images and turns its labels into probabilities; an image then counts as wrong unless its most
+    probable class is found. `flags`, 1-D, is summed over all passes: a way to tell the other ranks something.
+    `loss_factor` multiplies the gradients (the ablations of remarks 1 and 3). `measure_noise` measures the gradient
+    noise scale (see `largebatch.training.noise_scale`).
     """
     set_lr(optimizer, lr)
     losses = []
     own = {} if flags is None else {"flags": flags}
     # One autocast around all passes: weights are cast once a step.
     with virtual.step(step, loss_scale=loss_scale.scale, measure_noise=measure_noise) as passes, autocast():
-        for _ in passes:
+        for workers in passes:
             images, labels = next(batches)
+            targets = labels
+            if mix is not None:
+                images, targets = mix(images, labels, step, workers)
+                labels = targets.argmax(dim=1)
             logits = virtual(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, targets)
             wrong = (logits.detach().argmax(dim=1) != labels).sum()
             virtual.backward(loss, sums={"wrong": wrong, **own}, factor=loss_factor)
             losses.append(loss.detach())

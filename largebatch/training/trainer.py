@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from largebatch.data.mixing import Mixing
 from largebatch.data.source import Batches, ImageSource, Pass
 from largebatch.distributed.environment import Ranks
 from largebatch.errors import CheckpointError, HealthError, Preempted, UserError
@@ -90,6 +91,8 @@ class Trainer:
     """The newest change of the minibatch (`batch.on_resize: rescale`), which `order` and `schedule` follow."""
     loss_factor: float = 1.0
     """Multiplies the gradients (the ablations of remarks 1 and 3)."""
+    mix: Mixing | None = None
+    """Blends the images of each virtual worker (mixup, CutMix)."""
     precise_steps: int = 0
     """Steps over which BatchNorm's statistics are recomputed before an evaluation; 0 for the running ones."""
     step: int = 0
@@ -208,6 +211,7 @@ class Trainer:
             autocast=self.autocast,
             loss_scale=self.loss_scale,
             loss_factor=self.loss_factor * self.schedule.loss_scale,
+            mix=self.mix,
             flags=self._flags(),
             measure_noise=self._measures_noise(),
         )
