@@ -30,7 +30,7 @@ from largebatch.distributed.environment import Ranks, connect
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically
 from largebatch.run import build_model, unsaved_trainer
-from largebatch.training.optimizer import parameter_groups
+from largebatch.training.groups import parameter_groups
 from largebatch.training.precision import make_autocast
 from largebatch.training.step import TimedBatches, train_step
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from largebatch.recipe.order import EpochOrder
     from largebatch.recipe.schedule import Schedule, ScheduleSettings, make_schedule
     from largebatch.training.evaluation import evaluate
-    from largebatch.training.optimizer import parameter_groups, set_lr
+    from largebatch.training.groups import parameter_groups
+    from largebatch.training.optimizer import set_lr
     from largebatch.training.virtual_workers import VirtualWorkers
 
 __version__ = "0.1.0"
@@ -53,7 +54,7 @@ _HOMES = {
     "load_config": "largebatch.config:read_config",
     "load_data": "largebatch.data.load:load",
     "make_schedule": "largebatch.recipe.schedule:make_schedule",
-    "parameter_groups": "largebatch.training.optimizer:parameter_groups",
+    "parameter_groups": "largebatch.training.groups:parameter_groups",
     "set_lr": "largebatch.training.optimizer:set_lr",
 }
 

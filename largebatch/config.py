@@ -51,6 +51,9 @@ class Config(Section):
                 "data.augmentation.mixup_alpha and cutmix_alpha blend images of the same virtual worker, and "
                 "batch.images_per_worker 1 leaves it none to blend with; set it to 2 or more, or both of them to 0"
             )
+        if "lr_rule" not in self.schedule.model_fields_set and self.optimizer.adaptive:
+            # The one default that follows another section: written out here, so that every reader sees the rule.
+            object.__setattr__(self, "schedule", self.schedule.model_copy(update={"lr_rule": "sqrt"}))
         return self
 
     def _check_passes(self) -> None:

@@ -17,6 +17,7 @@ from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.resize import Resize, ResizedOrder, resized_schedule
 from largebatch.recipe.schedule import Schedule, make_schedule
 from largebatch.report.noise import NoiseScale
+from largebatch.training.settings import OptimizerSettings
 
 _LIMIT_OF_LINEAR_RULE = 8192  # §5.2: curves match the baseline up to 8k and leave it from 16k on
 _WORKER_OF_THE_PAPER = 32
@@ -48,10 +49,13 @@ class Plan:
     lr_explanation: str
     peak_lr: float
     warmup_kind: str
+    warmup_start_lr: float
     warmup_steps: int
     decay_kind: str
     decay_steps: list[int]
     weight_decay: float
+    optimizer: str
+    """What is beside the paper's SGD, in words."""
     reduction: str
     image_size: int | None
     """Pixels of an image from a file as the model sees it; None for other sets."""
@@ -92,16 +96,18 @@ def make_plan(
         steps_per_epoch=order.steps_per_epoch,
         dropped_images=order.dropped_images,
         total_steps=schedule.total_steps,
-        reference_lr=schedule.reference_lr,
+        reference_lr=config.schedule.reference_lr,
         reference_batch=config.schedule.reference_batch,
         lr_rule=config.schedule.lr_rule,
         lr_explanation=_explain_lr(config, schedule),
         peak_lr=schedule.peak_lr,
         warmup_kind=schedule.warmup_kind,
+        warmup_start_lr=schedule.start_lr,
         warmup_steps=schedule.warmup_steps,
         decay_kind=schedule.decay_kind,
         decay_steps=list(schedule.decay_steps),
         weight_decay=config.optimizer.weight_decay,
+        optimizer=_explain_optimizer(config.optimizer),
         reduction=config.execution.reduction,
         image_size=config.data.image_size if from_files else None,
         resize_size=config.data.short_side if from_files else None,
@@ -128,16 +134,32 @@ def run_schedule(config: Config, order: EpochOrder, resize: Resize | None = None
 
 
 def _explain_lr(config: Config, schedule: Schedule) -> str:
-    s, batch = config.schedule, config.batch.global_batch
+    s, batch, kind = config.schedule, config.batch.global_batch, config.optimizer.kind
     ratio = f"{batch}/{s.reference_batch}"
     if s.scale == "loss":
         return f"{s.reference_lr:g}: the factor scales the loss instead (remark 1 of §3 done wrong)"
+    usual = f"usual for {kind}, whose update is as large for any gradient (You et al. 2020, Malladi et al. 2022)"
     rule = {
         "linear": f"{s.reference_lr:g} x {ratio}: the linear scaling rule (§2.1)",
-        "sqrt": f"{s.reference_lr:g} x sqrt({ratio}): the square-root rule (an ablation, Table 2a)",
+        "sqrt": f"{s.reference_lr:g} x sqrt({ratio}): the square-root rule "
+        + (usual if config.optimizer.adaptive else "(an ablation, Table 2a)"),
         "none": f"{s.reference_lr:g} for any minibatch: not scaled (an ablation, Table 2a)",
     }
     return rule[s.lr_rule]
+
+
+def _explain_optimizer(optimizer: OptimizerSettings) -> str:
+    """What is beside the paper's SGD; empty if nothing is."""
+    parts = []
+    if optimizer.kind != "sgd":
+        parts.append(f"{optimizer.kind}, weight decay {optimizer.weight_decay:g} (of no normalisation layer or bias)")
+    if optimizer.clip_norm is not None:
+        parts.append(f"gradients clipped to norm {optimizer.clip_norm:g}")
+    if optimizer.clip_value is not None:
+        parts.append(f"gradients clipped to ±{optimizer.clip_value:g}")
+    if optimizer.layer_decay < 1:
+        parts.append(f"learning rate x {optimizer.layer_decay:g} from each layer to the one before it")
+    return ", ".join(parts)
 
 
 def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[str]:
@@ -195,7 +217,7 @@ def describe_limit(plan: Plan, whole: NoiseScale, thirds: Sequence[NoiseScale]) 
 def describe(plan: Plan) -> str:
     """The plan as the block of text that `plan` and `train` print."""
     warmup = (
-        f"{plan.warmup_steps} steps, {plan.warmup_kind}, from {plan.reference_lr:g} to {plan.peak_lr:g}"
+        f"{plan.warmup_steps} steps, {plan.warmup_kind}, from {plan.warmup_start_lr:g} to {plan.peak_lr:g}"
         if plan.warmup_steps
         else "none"
     )
@@ -222,6 +244,7 @@ def describe(plan: Plan) -> str:
         ("peak learning rate", f"{plan.peak_lr:g} = {plan.lr_explanation}"),
         ("warmup", warmup),
         ("decay", decay),
+        *([("optimizer", plan.optimizer)] if plan.optimizer else []),
         ("reduction", plan.reduction),
     ]
     if plan.image_size is not None:

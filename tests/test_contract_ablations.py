@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from largebatch.config import Config
 from largebatch.distributed.environment import Launch, connect
-from largebatch.training.lars import LARS, lars_groups
+from largebatch.training.groups import groups_of
+from largebatch.training.layerwise import LARS
 from largebatch.training.optimizer import make_optimizer, set_lr
 from largebatch.training.settings import OptimizerSettings
 from largebatch.training.virtual_workers import VirtualWorkers
@@ -22,7 +23,7 @@ TRUST, MOMENTUM, DECAY = 0.02, 0.9, 0.05
 
 def test_lars_spares_batchnorm_and_every_bias() -> None:
     model = torchvision.models.resnet50()
-    adapted, spared = lars_groups(model, 1e-4)
+    adapted, spared = groups_of(model, OptimizerSettings(kind="lars"))
     assert (adapted["weight_decay"], adapted["adapt"]) == (1e-4, True)
     assert (spared["weight_decay"], spared["adapt"]) == (0.0, False)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -94,7 +95,7 @@ def test_lars_goes_on_from_a_checkpoint() -> None:
 
 
 def test_lars_with_another_form_of_momentum_is_an_error() -> None:
-    with pytest.raises(ValueError, match="its own form of momentum"):
+    with pytest.raises(ValueError, match=r"momentum_form: .* is for kind sgd; lars does not take it"):
         Config.model_validate({"optimizer": {"kind": "lars", "momentum_form": "lr_inside"}})
 
 

@@ -9,8 +9,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from largebatch.training.groups import parameter_groups
 from largebatch.training.momentum import LrInsideSGD
-from largebatch.training.optimizer import make_optimizer, parameter_groups, restore_optimizer, set_lr, update_unless
+from largebatch.training.optimizer import make_optimizer, restore_optimizer, set_lr, update_unless
 from largebatch.training.settings import OptimizerSettings
 
 RATES = [0.1, 0.2, 0.4, 0.8, 0.8, 0.08, 0.08, 0.008]  # warmup, peak, two decays

@@ -87,8 +87,8 @@ def test_the_defaults_are_the_papers() -> None:
         "reference_batch": 256,
         "lr_rule": "linear",
         "scale": "lr",
-        "warmup": {"kind": "gradual", "epochs": 5.0},
-        "decay": {"kind": "step", "epochs": [30.0, 60.0, 80.0], "factor": 0.1},
+        "warmup": {"kind": "gradual", "epochs": 5.0, "start_lr": None},
+        "decay": {"kind": "step", "epochs": [30.0, 60.0, 80.0], "factor": 0.1, "final_lr": 0.0},
         "epochs": 90.0,
         "resize_ramp_epochs": 0.25,
     }
@@ -97,9 +97,15 @@ def test_the_defaults_are_the_papers() -> None:
         "trust_coefficient": 0.001,
         "momentum": 0.9,
         "nesterov": True,
+        "betas": [0.9, 0.999],
+        "epsilon": 1e-8,
         "weight_decay": 1e-4,
         "decay_batchnorm": False,
+        "no_decay": [],
         "momentum_form": "lr_outside",
+        "clip_norm": None,
+        "clip_value": None,
+        "layer_decay": 1.0,
     }
     assert defaults.batch.images_per_worker == 32
     assert defaults.batch.loss_mean_over == "global_batch"

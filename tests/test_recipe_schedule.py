@@ -88,6 +88,14 @@ def test_cosine_from_the_end_of_the_warmup_to_zero() -> None:
     assert rates.lr_at(90 * 156) == pytest.approx(0, abs=1e-15)
 
 
+def test_start_and_final_rates_that_are_given_hold_for_any_minibatch() -> None:
+    for global_batch in (128, 8192):
+        rates = schedule(global_batch, warmup={"start_lr": 0.001}, decay={"kind": "cosine", "final_lr": 0.01})
+        peak = 0.1 * global_batch / 256
+        table = {0: 0.001, 390: (0.001 + peak) / 2, 780: peak, (780 + 14040) // 2: (peak + 0.01) / 2, 14040: 0.01}
+        assert {step: pytest.approx(rates.lr_at(step)) for step in table} == table
+
+
 def test_no_decay_stays_at_the_peak() -> None:
     rates = schedule(decay={"kind": "none"})
     assert [rates.lr_at(step) for step in (780, 5000, 14039)] == pytest.approx([3.2] * 3)
@@ -108,6 +116,7 @@ def test_epochs_become_whole_steps() -> None:
         ({"decay": {"epochs": [0, 30]}}, "positive"),
         ({"decay": {"epochs": [30, 90]}}, "never happen"),
         ({"warmup": {"epochs": 91}}, "longer than"),
+        ({"warmup": {"start_lr": 0.2}}, "starts from a smaller one"),
     ],
 )
 def test_schedules_that_cannot_be_meant(settings: dict[str, Any], rule: str) -> None:

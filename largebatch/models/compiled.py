@@ -18,12 +18,13 @@ def compile_regions(model: nn.Module) -> None:
     torch._dynamo.config.optimize_ddp = False
     # Blocks of one class share their code; beyond the limit, those that come last would silently run uncompiled.
     torch._dynamo.config.recompile_limit = 1024
-    for region in _regions(model):
+    for region in blocks(model) or [model]:
         region.compile(dynamic=False)
 
 
-def _regions(model: nn.Module) -> list[nn.Module]:
-    """The outermost composite modules that stand in a row; the model itself if there are none."""
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost composite modules that stand in a row, such as a ResNet's residual blocks; none of a plain chain of
+    layers."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
@@ -34,4 +35,4 @@ def _regions(model: nn.Module) -> list[nn.Module]:
                 visit(child)
 
     visit(model)
-    return found or [model]
+    return found

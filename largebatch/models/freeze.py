@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
 from torch import nn
 
 from largebatch.models.normalisation import batchnorm_modules, keep_in_evaluation
-from largebatch.wording import config_error, did_you_mean
+from largebatch.models.patterns import is_below, match
+from largebatch.wording import config_error
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> int:
@@ -19,14 +18,10 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     frozen: set[str] = set()
     for pattern in patterns:
-        parts = [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
-        matched = {n for n in parameters if fnmatchcase(n, pattern) or _is_below(n, parts)}
-        if not matched and not parts:
-            near = did_you_mean(pattern, [*parameters, *dict(model.named_modules())])
-            raise config_error("model.freeze", f"{pattern!r} matches no parameter or module of the model{near}")
+        parts, matched = match(model, pattern, "model.freeze")
         frozen |= matched
         for name, module in batchnorm_modules(model):
-            if name in parts or _is_below(name, parts):
+            if name in parts or is_below(name, parts):
                 keep_in_evaluation(module)
     for name in frozen:
         parameters[name].requires_grad_(False)
@@ -37,7 +32,3 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
         if own and own <= frozen:
             keep_in_evaluation(module)
     return len(frozen)
-
-
-def _is_below(name: str, parts: list[str]) -> bool:
-    return any(name.startswith(f"{part}.") for part in parts)

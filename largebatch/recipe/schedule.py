@@ -19,17 +19,22 @@ class WarmupSettings(Section):
     """gradual: by a constant amount at each step; constant: the reference rate, then the peak; none."""
     epochs: float = Field(5.0, ge=0)
     """Length of the warmup, in epochs; rounded to whole steps."""
+    start_lr: float | None = Field(None, ge=0)
+    """Learning rate of step 0, also of a minibatch no larger than the reference. null: the reference rate, and no
+    warmup up to the reference minibatch (§5.1)."""
 
 
 class DecaySettings(Section):
     """How the learning rate falls after the warmup (§5.1)."""
 
     kind: Literal["step", "cosine", "none"] = "step"
-    """step: times `factor` at each of `epochs`; cosine: half a cosine from the warmup's end to 0; none."""
+    """step: times `factor` at each of `epochs`; cosine: half a cosine from the warmup's end to `final_lr`; none."""
     epochs: list[float] = Field(default=[30.0, 60.0, 80.0])
     """Epochs at which the rate is multiplied by `factor` (kind step)."""
     factor: float = Field(0.1, gt=0, le=1)
     """What the rate is multiplied by at each decay (kind step)."""
+    final_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end (kind cosine)."""
 
     @model_validator(mode="after")
     def _ascending(self) -> DecaySettings:
@@ -46,7 +51,8 @@ class ScheduleSettings(Section):
     reference_batch: int = Field(256, ge=1)
     """The minibatch for which `reference_lr` is right (the paper: 256)."""
     lr_rule: Literal["linear", "sqrt", "none"] = "linear"
-    """How η grows with kn / reference_batch; the paper's rule is linear, the others are its ablations."""
+    """How η grows with kn / reference_batch: the paper's rule is linear. Left out, it is sqrt for the optimizers adamw
+    and lamb, whose update does not grow with the gradient, and linear for the others."""
     scale: Literal["lr", "loss"] = "lr"
     """What the rule's factor multiplies. `loss` is the paper's remark 1 done wrong: with weight decay it is
     not the same."""
@@ -70,6 +76,11 @@ class ScheduleSettings(Section):
                 f"decay.epochs ends at {self.decay.epochs[-1]:g}, but training has only {self.epochs:g} epochs, "
                 "so that decay would never happen; remove it or train longer"
             )
+        if self.warmup.start_lr is not None and self.warmup.start_lr > self.reference_lr:
+            raise ValueError(
+                f"warmup.start_lr {self.warmup.start_lr:g} is larger than reference_lr {self.reference_lr:g}; a warmup "
+                "starts from a smaller one"
+            )
         return self
 
 
@@ -77,7 +88,7 @@ class ScheduleSettings(Section):
 class Schedule:
     """A schedule in steps: everything `lr_at` needs, nothing to checkpoint."""
 
-    reference_lr: float
+    start_lr: float
     """Learning rate at step 0 of a warmup."""
     peak_lr: float
     total_steps: int
@@ -86,6 +97,8 @@ class Schedule:
     decay_kind: str
     decay_steps: tuple[int, ...]
     decay_factor: float
+    final_lr: float = 0.0
+    """Where kind cosine ends."""
     loss_scale: float = 1.0
     """What the loss is multiplied by (1 unless `schedule.scale` is loss)."""
 
@@ -93,12 +106,12 @@ class Schedule:
         """The learning rate of the update number `step` (0-based)."""
         if step < self.warmup_steps:
             if self.warmup_kind == "constant":
-                return self.reference_lr
+                return self.start_lr
             # §2.2: "a constant amount at each iteration", from η at step 0 to kη at step warmup_steps.
-            return self.reference_lr + (self.peak_lr - self.reference_lr) * step / self.warmup_steps
+            return self.start_lr + (self.peak_lr - self.start_lr) * step / self.warmup_steps
         if self.decay_kind == "cosine":
             done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-            return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+            return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
         return self.peak_lr * self.decay_factor ** bisect.bisect_right(self.decay_steps, step)
 
 
@@ -118,10 +131,11 @@ def make_schedule(settings: ScheduleSettings, *, global_batch: int, steps_per_ep
     lr_factor = factor if settings.scale == "lr" else 1.0
     peak_lr = settings.reference_lr * lr_factor
     # §5.1: warmup is for minibatches larger than the reference; at or below it there is nothing to warm up.
-    warms_up = settings.warmup.kind != "none" and peak_lr > settings.reference_lr
+    start_lr = settings.reference_lr if settings.warmup.start_lr is None else settings.warmup.start_lr
+    warms_up = settings.warmup.kind != "none" and peak_lr > start_lr
     decay = settings.decay
     return Schedule(
-        reference_lr=settings.reference_lr,
+        start_lr=start_lr,
         peak_lr=peak_lr,
         total_steps=max(1, steps(settings.epochs)),
         warmup_kind=settings.warmup.kind if warms_up else "none",
@@ -129,5 +143,6 @@ def make_schedule(settings: ScheduleSettings, *, global_batch: int, steps_per_ep
         decay_kind=decay.kind,
         decay_steps=tuple(steps(e) for e in decay.epochs) if decay.kind == "step" else (),
         decay_factor=decay.factor,
+        final_lr=decay.final_lr,
         loss_scale=factor if settings.scale == "loss" else 1.0,
     )

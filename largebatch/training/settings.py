@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from largebatch.section import FreeOnResume, Section
 
+_KINDS_OF = {
+    "trust_coefficient": ("lars",),
+    "momentum": ("sgd", "lars"),
+    "nesterov": ("sgd", "lars"),
+    "decay_batchnorm": ("sgd",),
+    "momentum_form": ("sgd",),
+    "betas": ("adamw", "lamb"),
+    "epsilon": ("adamw", "lamb"),
+}
+"""Keys that only some kinds of optimizer take."""
+
 
 class OptimizerSettings(Section):
-    """Momentum SGD with weight decay."""
+    """How gradients become updates: the optimizer, weight decay, clipping, and each layer's learning rate."""
 
-    kind: Literal["sgd", "lars"] = "sgd"
-    """sgd: the paper's; lars: each layer's update scaled by its trust ratio (You et al. 2017), but for biases and
-    BatchNorm's γ and β, which are neither scaled nor decayed. Its momentum has the learning rate inside."""
+    kind: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
+    """sgd: the paper's; lars: each layer's update scaled by its trust ratio (You et al. 2017), momentum with the
+    learning rate inside; adamw: torch.optim.AdamW (Loshchilov & Hutter 2019); lamb: Adam's update scaled by each
+    layer's trust ratio (You et al. 2020). All but sgd neither decay nor scale normalisation layers, biases and other
+    parameters of one dimension."""
     trust_coefficient: float = Field(0.001, gt=0)
     """lars: the trust ratio is this times |w| / (|g| + λ|w|)."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """m: the share of the old update in the new one."""
+    """m: the share of the old update in the new one (sgd, lars)."""
     nesterov: bool = True
-    """Nesterov's form of momentum."""
+    """Nesterov's form of momentum (sgd)."""
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """β1 and β2: the shares of the old averages of the gradient and of its square (adamw, lamb)."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the averaged square (adamw, lamb)."""
     weight_decay: float = Field(1e-4, ge=0, le=1e6)
-    """λ: the loss has λ/2 times the squared norm of the decayed weights added (§5.1: 1e-4)."""
+    """λ. sgd, lars: the loss has λ/2 times the squared norm of the decayed weights added (§5.1: 1e-4); adamw, lamb:
+    each update also takes the learning rate times λ off the weights themselves (often 0.01 to 0.1)."""
     decay_batchnorm: bool = False
     """Decay BatchNorm's γ and β too: the paper does not, many codebases do."""
+    no_decay: list[str] = Field(default=[])
+    """Names of more parameters and modules that are not decayed, such as `pos_embedding` or `*.class_token`."""
     momentum_form: Literal["lr_outside", "lr_inside", "lr_inside_uncorrected"] = "lr_outside"
     """lr_outside: PyTorch's form (9), which needs no correction; lr_inside: form (10) with momentum correction;
     lr_inside_uncorrected: form (10) without, which is remark 2 done wrong."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Scale the gradient of the whole minibatch down to this norm (over all parameters) where it is larger."""
+    clip_value: float | None = Field(None, gt=0)
+    """Limit each element of the gradient of the whole minibatch to this absolute value."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """The learning rate of a layer is this times that of the layer after it; the head's is the schedule's."""
 
     @model_validator(mode="after")
-    def _lars_fits(self) -> OptimizerSettings:
-        if self.kind == "lars" and (self.momentum_form != "lr_outside" or self.decay_batchnorm):
-            raise ValueError(
-                "kind lars has its own form of momentum and never decays BatchNorm; leave momentum_form and "
-                "decay_batchnorm at their defaults"
-            )
+    def _no_idle_key(self) -> OptimizerSettings:
+        for key, kinds in _KINDS_OF.items():
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.kind not in kinds and value != default:
+                raise ValueError(f"{key}: {value!r} is for kind {' or '.join(kinds)}; {self.kind} does not take it")
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("clip_norm and clip_value: give one of them")
         return self
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether updates are divided by a running size of the gradient, as Adam's are."""
+        return self.kind in ("adamw", "lamb")
 
 
 class BatchNormSettings(Section):
