@@ -140,10 +140,16 @@ def plan(
             "--from", metavar="RUN", parser=_folder, help="Plan a run folder's config, and tell its useful minibatch."
         ),
     ] = None,
+    speeds: Annotated[
+        str | None, typer.Option(metavar="1,1,0.5", help="Relative speeds of the ranks: how they would be dealt to.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of text.")] = False,
 ) -> None:
     """Say what a config means: minibatch, learning rate and why, steps, and who runs what."""
-    from largebatch.plan import describe, describe_limit, make_plan
+    from largebatch.plan import dealt_by_speed, describe, describe_deal, describe_limit, make_plan
+
+    by_rank = _speeds(speeds, ranks)
+    ranks = len(by_rank) or ranks
 
     if run is not None and config is None:
         config = run.resolve() / "config.yaml"
@@ -161,7 +167,25 @@ def plan(
         whole, thirds = read_noise_scale(run)
         found["gradient_noise_scale"] = whole.images
         text += "\n" + describe_limit(made, whole, thirds)
+    if by_rank:
+        found["dealt_by_speed"] = dealt = dealt_by_speed(made, by_rank)
+        text += "\n" + describe_deal(dealt)
     print(json.dumps(found, indent=2) if as_json else text)
+
+
+def _speeds(text: str | None, ranks: int) -> list[float]:
+    """The ranks' speeds in ``1,1,0.5``; none where nothing is given."""
+    try:
+        speeds = [float(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        speeds = [0.0]
+    if not all(1e-3 <= speed <= 1e3 for speed in speeds):
+        raise UserError(f"--speeds: {text!r} is not a list of numbers from 0.001 to 1000, one a rank, such as 1,1,0.5")
+    if speeds and ranks not in (1, len(speeds)):
+        raise UserError(
+            f"--speeds: {text!r} are those of {len(speeds)} ranks, and --ranks says {ranks}; give one of them"
+        )
+    return speeds
 
 
 @benchmark_app.command("diff")

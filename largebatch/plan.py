@@ -11,7 +11,7 @@ from typing import Any
 
 from largebatch.config import Config
 from largebatch.data.settings import FOLDERS
-from largebatch.recipe.batch import deal_equally
+from largebatch.recipe.batch import deal_by_speed, deal_equally
 from largebatch.recipe.efficiency import images_factor, steps_factor
 from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.resize import Resize, ResizedOrder, resized_schedule
@@ -212,6 +212,33 @@ def describe_limit(plan: Plan, whole: NoiseScale, thirds: Sequence[NoiseScale]) 
         note = "   this run" if kn == plan.global_batch else ""
         lines.append(f"{kn:<11g} {images_factor(kn, limit):<15.2f} {steps_factor(kn, limit):.2f}{note}")
     return "\n".join(lines)
+
+
+def dealt_by_speed(plan: Plan, speeds: Sequence[float]) -> dict[str, Any]:
+    """How `execution.deal: measured` would deal to ranks of these relative speeds, and what a step would then take.
+
+    Steps are in passes of a rank of speed 1; what a rank does besides its passes is left out.
+    """
+    equal = deal_equally(plan.virtual_workers, plan.workers_per_pass, len(speeds))
+    of_a_pass = [1 / speed for speed in speeds]
+    dealt = deal_by_speed(equal, of_a_pass)
+    return {
+        "speeds": list(speeds),
+        "workers_on_rank": dealt.workers_on_rank(),
+        "step_passes": dealt.seconds(of_a_pass),
+        "step_passes_dealt_equally": equal.seconds(of_a_pass),
+    }
+
+
+def describe_deal(dealt: dict[str, Any]) -> str:
+    """The same in words."""
+    now, before = dealt["step_passes"], dealt["step_passes_dealt_equally"]
+    return (
+        f"dealt by speed      {', '.join(map(str, dealt['workers_on_rank']))} virtual workers, the same bits "
+        "(execution.deal: measured)\n"
+        f"expected step       as long as {now:.3g} passes at speed 1, dealt equally {before:.3g}: "
+        f"{before / now:.2f} x the images/s"
+    )
 
 
 def describe(plan: Plan) -> str:

@@ -36,6 +36,7 @@ from largebatch.report.progress import open_progress
 from largebatch.resume import check_data, describe_resize, go_on
 from largebatch.runfolder import RunFolder
 from largebatch.training.checkpoint import CheckpointFolder, deserialise
+from largebatch.training.delays import Delays
 from largebatch.training.evaluation import evaluate
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
@@ -252,6 +253,7 @@ def make_trainer(
         gradient_as_bucket_view=execution.gradient_as_bucket_view,
         compression=execution.compression,
         seed=config.seed,
+        delays=Delays(execution.delays, ranks.rank) if execution.delays.seconds else None,
     )
     order = make_order(config, train_source.images, resize)
     return Trainer(

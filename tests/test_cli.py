@@ -22,7 +22,7 @@ IMAGENET = str(ROOT / "configs/imagenet_resnet50_8k.yaml")
 FROZEN = {
     "train": {"CONFIG", "[section.key=value]...", "--run-dir", "--resume"},
     "evaluate": {"RUN", "[section.key=value]..."},
-    "plan": {"[CONFIG]", "[section.key=value]...", "--ranks", "--json", "--from"},
+    "plan": {"[CONFIG]", "[section.key=value]...", "--ranks", "--json", "--from", "--speeds"},
     "config show": {"CONFIG", "[section.key=value]..."},
     "config schema": set(),
     "data fetch": {"NAME", "--root"},
@@ -130,6 +130,8 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "ranks_0": (["plan", DIGITS, "--ranks", "0"], "--ranks"),
     "ranks_a_word": (["plan", DIGITS, "--ranks", "two"], "--ranks"),
     "ranks_beyond_k": (["plan", DIGITS, "--ranks", "9"], "too few for 9 ranks"),
+    "speeds_0": (["plan", DIGITS, "--speeds", "1,0"], "--speeds: '1,0' is not a list of numbers"),
+    "speeds_of_others": (["plan", DIGITS, "--speeds", "1,2", "--ranks", "3"], "are 2 ranks, and --ranks says 3"),
     "no_run": (["evaluate", "/nope"], "no model.pt here"),
     "run_a_file": (["evaluate", DIGITS], "no model.pt here"),
     "unknown_set": (["data", "fetch", "mnits"], "unknown set"),

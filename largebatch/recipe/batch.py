@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,6 +106,10 @@ class Deal:
         """Virtual workers on each rank (`workers_on_rank` of the plan)."""
         return [len(own) * self.workers_per_pass for own in self.passes]
 
+    def seconds(self, of_a_pass: Sequence[float]) -> float:
+        """How long the slowest rank takes for its passes, each of which takes a rank so long."""
+        return max(len(own) * seconds for own, seconds in zip(self.passes, of_a_pass, strict=True))
+
 
 def deal_equally(virtual_workers: int, workers_per_pass: int, world_size: int) -> Deal:
     """Contiguous blocks whose sizes differ by at most one pass.
@@ -123,3 +130,17 @@ def deal_equally(virtual_workers: int, workers_per_pass: int, world_size: int) -
             f"batch.virtual_workers (which changes the minibatch and with it the learning rate)"
         )
     return Deal(tuple(tuple(block(passes, world_size, rank)) for rank in range(world_size)), workers_per_pass)
+
+
+def deal_by_speed(deal: Deal, of_a_pass: Sequence[float]) -> Deal:
+    """The passes of `deal` in contiguous blocks such that the slowest rank is done as early as can be, if a pass takes
+    each rank so many seconds."""
+    counts = [1] * len(of_a_pass)
+    done = [(2 * seconds, rank) for rank, seconds in enumerate(of_a_pass)]  # each rank's end with one pass more
+    heapq.heapify(done)
+    for _ in range(deal.leaves - len(counts)):
+        end, rank = done[0]
+        counts[rank] += 1
+        heapq.heapreplace(done, (end + of_a_pass[rank], rank))
+    cuts = itertools.pairwise([0, *itertools.accumulate(counts)])
+    return Deal(tuple(tuple(range(*cut)) for cut in cuts), deal.workers_per_pass)

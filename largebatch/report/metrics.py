@@ -2,8 +2,9 @@
 
 A record is a flat dict with ``step`` (the number of updates done when it was written), ``epoch``, and any of
 ``train/loss, train/top1_error, lr, global_batch, images_per_second, data_wait, compute, slowest_rank, slowdown,
-skipped_steps, overflowed_steps, skipped_images, gradient_noise_scale (images), gradient_noise, gradient_squared_norm,
-val/loss, val/top1_error, val/top5_error, val/skipped_images, weights_sha256``.
+deal/rank_R`` (virtual workers of rank R from here on, where the deal changes), ``skipped_steps, overflowed_steps,
+skipped_images, gradient_noise_scale (images), gradient_noise, gradient_squared_norm, val/loss, val/top1_error,
+val/top5_error, val/skipped_images, weights_sha256``.
 ``metrics.jsonl`` is the truth: after a stop it is cut back to the checkpoint, and ``tensorboard/`` is rebuilt
 from what is left.
 """

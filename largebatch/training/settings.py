@@ -85,6 +85,21 @@ class BatchNormSettings(Section):
     """Newest steps over whose images `precise` averages."""
 
 
+class DelaySettings(Section):
+    """Sleeps in passes, to rehearse slow ranks; they change no number. All off by default."""
+
+    seconds: float = Field(0.0, ge=0, le=3600)
+    """What each pass of each rank sleeps, beside its computing."""
+    slow_ranks: list[Annotated[int, Field(ge=0)]] = Field(default=[])
+    """Ranks that always sleep `slow_factor` times as long."""
+    slow_factor: float = Field(1.5, ge=0)
+    rare_share: float = Field(0.0, ge=0, le=1)
+    """The share of all ranks' steps in which a rank sleeps `rare_factor` times as long."""
+    rare_factor: float = Field(2.0, ge=0)
+    jitter: float = Field(0.0, ge=0)
+    """Standard deviation of each pass's sleep, as a share of it (normal, never below 0)."""
+
+
 class ExecutionSettings(Section):
     """Device, precision, and how the ranks work together."""
 
@@ -106,6 +121,9 @@ class ExecutionSettings(Section):
     workers_per_pass: int = Field(1, ge=1)
     """Virtual workers in one forward and backward; divides batch.virtual_workers. Part of the rounding, like
     the precision: keep it when you change the number of ranks."""
+    deal: FreeOnResume[Literal["equal", "measured"]] = "equal"
+    """How many virtual workers each rank runs. equal: as many as the others; measured: the more the faster it computes,
+    so that nobody waits for a slow one (see docs/stragglers.md). The weights are the same."""
     threads: int = Field(1, ge=1, le=1024)
     """Intra-op threads of each rank. Part of the rounding on CPUs, so it comes from here and not from
     OMP_NUM_THREADS; to use more cores, rather start more ranks."""
@@ -118,6 +136,7 @@ class ExecutionSettings(Section):
     compression: Literal["none", "fp16", "bf16"] = "none"
     """Round gradients to 16 bits before they are sent, and add them so: half the bytes, other numbers. Needs
     `reduction: fast`, since a rank rounds what it has added up, which depends on the number of ranks."""
+    delays: FreeOnResume[DelaySettings] = DelaySettings()
     timeout_minutes: FreeOnResume[float] = Field(10.0, gt=0, le=1e6)
     """How long a rank waits for the others before it gives up."""
 

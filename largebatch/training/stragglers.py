@@ -4,34 +4,50 @@ from __future__ import annotations
 
 import socket
 import statistics
+from dataclasses import dataclass
 
 import torch
 
 from largebatch.distributed.environment import Ranks
 
 
-class StragglerWatch:
-    """Compares the ranks' own compute time, per pass, since ranks may have different numbers of passes."""
+@dataclass(frozen=True)
+class Pace:
+    """How long the ranks computed since the record before; the same on all of them."""
 
-    def __init__(self, ranks: Ranks, *, passes: int, factor: float) -> None:
-        """`passes` is this rank's number a step; a rank is named from `factor` times the others' median on."""
-        self._ranks = ranks
+    compute: list[float]
+    """Seconds of a step, by rank."""
+    of_a_pass: list[float]
+    """Seconds of a pass, by rank: ranks may have different numbers of them."""
+    asked: int
+    """The newest step that a rank has asked its loader for."""
+    seconds: float
+    """What this was measured over."""
+
+
+def gather_pace(ranks: Ranks, *, compute: float, steps: int, passes: int, asked: int, seconds: float) -> Pace:
+    """Each rank's seconds of `compute` in so many `steps` and, on this rank, `passes`. Called on all ranks together."""
+    table = torch.zeros(ranks.world_size, 4, dtype=torch.float64, device=ranks.device)
+    table[ranks.rank] = torch.tensor([compute / steps, compute / passes, asked, seconds])
+    by_step, of_a_pass, asked_for, seconds_on = ranks.sum(table).t().tolist()
+    return Pace(by_step, of_a_pass, int(max(asked_for)), seconds_on[0])
+
+
+class StragglerWatch:
+    """Names a rank that computes slower than the others, per pass."""
+
+    def __init__(self, ranks: Ranks, *, factor: float) -> None:
+        """A rank is named from `factor` times the others' median on."""
         self._factor = factor
-        told: list[tuple[str, int]] = ranks.gather((socket.gethostname(), passes))
-        self._hosts = [host for host, _ in told]
-        self._passes = [count for _, count in told]
+        self._hosts: list[str] = ranks.gather(socket.gethostname())
         self._named: int | None = None
 
-    def compare(self, seconds: float) -> tuple[dict[str, float], str | None]:
-        """From this rank's own seconds of a step to metrics of all ranks and, if one has become slow, a line on it.
-
-        Called on all ranks together.
-        """
-        everyone = self._gather(seconds)
-        record: dict[str, float] = {"compute": statistics.median(everyone)}
-        if self._ranks.world_size == 1:
+    def compare(self, pace: Pace) -> tuple[dict[str, float], str | None]:
+        """From the ranks' pace to metrics and, if one has become slow, a line on it."""
+        record: dict[str, float] = {"compute": statistics.median(pace.compute)}
+        by_pass = pace.of_a_pass
+        if len(by_pass) == 1:
             return record, None
-        by_pass = [own / count for own, count in zip(everyone, self._passes, strict=True)]
         slowest = by_pass.index(max(by_pass))
         others = statistics.median(by_pass[:slowest] + by_pass[slowest + 1 :])
         slowdown = by_pass[slowest] / others if others else 1.0
@@ -43,8 +59,3 @@ class StragglerWatch:
                 "median of the others, and all wait for it; look for another process there, heat, or a worn device"
             )
         return record | {"slowest_rank": slowest, "slowdown": slowdown}, line
-
-    def _gather(self, seconds: float) -> list[float]:
-        own = torch.zeros(self._ranks.world_size, dtype=torch.float64, device=self._ranks.device)
-        own[self._ranks.rank] = seconds
-        return self._ranks.sum(own).tolist()

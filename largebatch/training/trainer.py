@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,14 @@ from largebatch.data.mixing import Mixing
 from largebatch.data.source import Batches, ImageSource, Pass
 from largebatch.distributed.environment import Ranks
 from largebatch.errors import CheckpointError, HealthError, Preempted, UserError
+from largebatch.recipe.batch import Deal
 from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.resize import Resize
 from largebatch.recipe.schedule import Schedule
 from largebatch.report.metrics import MetricsWriter
 from largebatch.report.progress import Progress
 from largebatch.training.checkpoint import CheckpointFolder, TrainState
+from largebatch.training.dealing import Dealer
 from largebatch.training.evaluation import evaluate
 from largebatch.training.facts import FactReader, StepFacts, flags_on
 from largebatch.training.interval import Interval
@@ -40,7 +42,7 @@ from largebatch.training.settings import (
     LoggingSettings,
 )
 from largebatch.training.step import TimedBatches, train_step
-from largebatch.training.stragglers import StragglerWatch
+from largebatch.training.stragglers import StragglerWatch, gather_pace
 from largebatch.training.virtual_workers import VirtualWorkers
 
 
@@ -115,9 +117,10 @@ class Trainer:
         self._facts = FactReader(self.ranks.device)
         self._last_save = time.monotonic()
         self._write_error: OSError | None = None
-        self._stragglers = StragglerWatch(
-            self.ranks, passes=len(self.virtual.workers_by_pass), factor=self.health.straggler_factor
-        )
+        self._stragglers = StragglerWatch(self.ranks, factor=self.health.straggler_factor)
+        self.dealer = Dealer(self.virtual.deal, measured=self.execution.deal == "measured")
+        """Says by which deal each step runs."""
+        self._asked = self._passes = 0
 
     # ---- state
 
@@ -202,6 +205,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepFacts:
         """One update; returns what all ranks know of the newest step that can be read without a wait."""
+        self.virtual.deal = self.dealer.at(self.step)
         result = train_step(
             self.virtual,
             self.optimizer,
@@ -219,6 +223,7 @@ class Trainer:
         self._interval.add(result.sums, counts=~(result.not_finite | overflowed))
         self._interval.add({"skipped": result.not_finite, "overflowed": overflowed})
         self._interval.steps += 1
+        self._passes += len(result.passes_not_finite)
         facts = self._facts.read(self.step, result)
         self.step += 1
         self._check_finite(facts)
@@ -254,12 +259,19 @@ class Trainer:
         return flags_on(self.ranks.device, stop=stop, save=due and self.ranks.is_main, failed=failed)
 
     def _stream(self) -> Batches:
-        return self.train.stream(self.passes(range(self.step, self.schedule.total_steps)), augment=True)
+        steps = range(self.step, self.schedule.total_steps)
+        return self.train.stream(self.passes(steps, self._ask), augment=True)
 
-    def passes(self, steps: Iterable[int]) -> Iterator[Pass]:
-        """The images of this rank's passes of `steps`, in order."""
+    def _ask(self, step: int) -> Deal:
+        """The deal of a step whose passes the loader is about to be asked for."""
+        self._asked = step
+        return self.dealer.at(step)
+
+    def passes(self, steps: Iterable[int], deal_of: Callable[[int], Deal] | None = None) -> Iterator[Pass]:
+        """The images of this rank's passes of `steps`, in order, by the deal that holds now unless told otherwise."""
         for step in steps:
-            for workers in self.virtual.workers_by_pass:
+            deal = deal_of(step) if deal_of else self.virtual.deal
+            for workers in deal.workers_of(self.ranks.rank):
                 yield Pass(self.order.epoch_of(step), self.order.indices(step, workers))
 
     def _each_epochs(self, epochs: float) -> Cadence:
@@ -278,9 +290,7 @@ class Trainer:
         self.skipped_steps += int(skipped + overflowed)
         images = counted * self.order.global_batch
         timing = clock.read(batches.waited)
-        compute, straggler = self._stragglers.compare(self.virtual.own_compute.read() / timing.steps)
-        if straggler:
-            progress.note(straggler)
+        compute = self._compare_ranks(timing, progress)
         record: dict[str, float] = {
             "step": self.step,
             "epoch": self.order.recipe_step(self.step) / self.order.steps_per_epoch,
@@ -299,6 +309,25 @@ class Trainer:
             record["overflowed_steps"] = int(overflowed)
         if skipped_images := self._all_skipped_images():
             record["skipped_images"] = skipped_images
+        return record
+
+    def _compare_ranks(self, timing: _Timing, progress: Progress) -> dict[str, float]:
+        """What the ranks' own compute time says: metrics, a slow one, another deal."""
+        pace = gather_pace(
+            self.ranks,
+            compute=self.virtual.own_compute.read(),
+            steps=timing.steps,
+            passes=self._passes,
+            asked=self._asked,
+            seconds=timing.steps * timing.step,
+        )
+        self._passes = 0
+        record, straggler = self._stragglers.compare(pace)
+        dealt = self.dealer.consider(pace) if pace.asked + 1 < self.schedule.total_steps else None
+        for line in filter(None, (straggler, dealt)):
+            progress.note(line)
+        if dealt:
+            record |= {f"deal/rank_{rank}": n for rank, n in enumerate(self.dealer.newest.workers_on_rank())}
         return record
 
     def _all_skipped_images(self) -> int:
@@ -371,7 +400,8 @@ class Trainer:
             return
         # A device that computes wrong is the cause sooner than the recipe.
         check_replicas(self.virtual.model, self.optimizer, self.ranks, step=self.step)
-        own = [w for w, bad in zip(self.virtual.workers_by_pass, facts.passes_not_finite, strict=True) if bad]
+        dealt = self.dealer.at(facts.step).workers_of(self.ranks.rank)
+        own = [w for w, bad in zip(dealt, facts.passes_not_finite, strict=True) if bad]
         everyone = self.ranks.gather([worker for workers in own for worker in workers])
         found = [f"rank {rank}: virtual workers {workers}" for rank, workers in enumerate(everyone) if workers]
         where = "the loss on " + "; ".join(found) if found else "the summed gradients, though every loss is finite"

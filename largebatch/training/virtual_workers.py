@@ -20,6 +20,7 @@ from largebatch.errors import ConfigError, UserError
 from largebatch.recipe.batch import Deal, deal_equally
 from largebatch.training.batchnorm import BatchNormStatistics
 from largebatch.training.buffers import BufferWatch
+from largebatch.training.delays import Delays
 from largebatch.training.generators import Generators
 from largebatch.training.noise_scale import NoiseProbe
 from largebatch.training.stopwatch import make_stopwatch
@@ -65,13 +66,15 @@ class VirtualWorkers:
         gradient_as_bucket_view: bool = False,
         compression: str = "none",
         seed: int = 0,
+        delays: Delays | None = None,
     ) -> None:
         """Wrap `model`, which already is on ``ranks.device``.
 
         `batchnorm_momentum` is the weight of the old running average (None: what each module says); with
         `batchnorm_over` "pass", the workers of a pass are normalised together, which is an ablation.
         `noise_images`, the images of a step, lets the gradient noise scale be measured; it needs the reduction
-        "reproducible" and two passes. For the settings of the exchange see `ExecutionSettings`.
+        "reproducible" and two passes. `delays` are slept in the forwards. For the settings of the exchange see
+        `ExecutionSettings`.
         Raises ConfigError if `virtual_workers` cannot be dealt to the ranks, or with `static_graph` if a rank would
         run several passes.
         """
@@ -81,6 +84,7 @@ class VirtualWorkers:
         self._static_graph = static_graph
         self.deal = deal_equally(virtual_workers, workers_per_pass, ranks.world_size)
         self._leaves = self.deal.leaves
+        self._delays = delays
         self._generators = Generators(ranks.device, seed)
         # Kernels that add in an order of their own would undo what the exact sum promises.
         self._deterministic = reduction == "reproducible"
@@ -215,6 +219,8 @@ class VirtualWorkers:
         self.own_compute.go()
         if self._pass is not None:
             self._pass.forwards += 1
+            if self._delays is not None:
+                self._delays.sleep(self._pass.step, self._pass.leaf)
         return self._wrapped(*inputs)
 
     def backward(self, loss: Tensor, *, sums: Mapping[str, Tensor] | None = None, factor: float = 1.0) -> None:
@@ -251,7 +257,7 @@ class VirtualWorkers:
         own = self.deal.passes[self._ranks.rank]
         for leaf, workers in zip(own, self.workers_by_pass, strict=True):
             self._check_pass(step)
-            self._pass = _Pass(leaf, last=leaf == own[-1], loss_scale=loss_scale)
+            self._pass = _Pass(step, leaf, last=leaf == own[-1], loss_scale=loss_scale)
             self._exchange.begin_pass(leaf)
             self._generators.seed(_MODEL_DRAWS, step, leaf)
             with synchronise(self._wrapped, last=self._pass.last):
@@ -303,7 +309,8 @@ class VirtualWorkers:
 class _Pass:
     """What has happened in the newest pass of the open step."""
 
-    def __init__(self, leaf: int, *, last: bool, loss_scale: Tensor | None) -> None:
+    def __init__(self, step: int, leaf: int, *, last: bool, loss_scale: Tensor | None) -> None:
+        self.step = step
         self.leaf = leaf
         self.last = last
         self.loss_scale = loss_scale
