@@ -17,7 +17,7 @@ help:  ## list the targets
 
 train: $(INSTALLED)  ## train on Fashion-MNIST; RANKS=2 processes, ARGS="schedule.epochs=2" overrides
 	$(BIN)/largebatch data fetch fashion-mnist
-	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m largebatch train configs/fashion_mnist.yaml $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m largebatch train fashion_mnist $(ARGS)
 
 test: $(INSTALLED)  ## run all tests; ARGS="-k name" chooses
 	$(BIN)/pytest $(ARGS)

@@ -1,6 +1,6 @@
 """What checkpoints cost: paired windows of training steps, one with a checkpoint begun in it and one without.
 
-python benchmarks/checkpoint_cost.py [CONFIG] [OUT.json]   (configs/benchmark/resnet20_cpu.yaml,
+python benchmarks/checkpoint_cost.py [CONFIG] [OUT.json]   (benchmark/resnet20_cpu,
                                                             results/survive/checkpoint_cost.json; about a minute)
 
 A checkpoint's cost is the median of the pairs' differences; at one a minute, its share of the time is that over 60 s.
@@ -75,7 +75,7 @@ class Windows:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "configs/benchmark/resnet20_cpu.yaml"
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmark/resnet20_cpu")
     out = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "results/survive/checkpoint_cost.json"
     config = load_config(path, [], Config)
     with connect(device=config.execution.device, threads=config.execution.threads) as ranks:

@@ -1,7 +1,7 @@
 """Our step against hand-written DistributedDataParallel: weak-scaling efficiency at N = 2, paired and interleaved.
 
     torchrun --standalone --nproc-per-node=2 benchmarks/ddp_comparison.py \\
-        --config configs/benchmark/resnet20_cpu.yaml --json results/benchmark/ddp_comparison.json
+        --config benchmark/resnet20_cpu --json results/benchmark/ddp_comparison.json
 
 Both run the same model, precision, optimizer and micro-batches on the same synthetic images; the hand-written loop is
 the usual one: `no_sync` in all micro-batches but the last, no BatchNorm statistics over all workers, no loss or error

@@ -35,7 +35,7 @@ ENVIRONMENT = ("platform", "python", "packages", "cpu", "memory", "threads", "gi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/benchmark/mlp_network.yaml")
+    parser.add_argument("--config", type=Path, default=Path("benchmark/mlp_network"))
     parser.add_argument("--reduction", action="append", choices=("reproducible", "fast"), help="default: both")
     parser.add_argument("--seen-hosts", default="2,3", help="the model is fitted to these (default: %(default)s)")
     parser.add_argument("--unseen-hosts", type=int, default=4, help="and predicts these (default: %(default)s)")

@@ -50,7 +50,7 @@ benchmark_app = typer.Typer(
     help="Measure a CONFIG (see `benchmark run --help`), or compare two results.",
     no_args_is_help=True,
 )
-config_app = typer.Typer(help="Show a config, or the JSON Schema of all configs.", no_args_is_help=True)
+config_app = typer.Typer(help="List or show configs, or print their JSON Schema.", no_args_is_help=True)
 data_app = typer.Typer(help="Obtain data sets.", no_args_is_help=True)
 reproduce_app = typer.Typer(help="The paper's comparisons: run, watch and report them.", no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark")
@@ -66,7 +66,9 @@ def _folder(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a name of `config list`.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.key=value]...", help="Values that replace the config's.", show_default=False),
@@ -309,6 +311,20 @@ def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     print(dump_config(_load(config, overrides)), end="")
 
 
+@config_app.command("list")
+def config_list() -> None:
+    """List the configs and experiments that come with largebatch, by the names that commands take."""
+    from largebatch.configfile.shipped import shipped_configs, shipped_experiments
+
+    for title, command, known in (
+        ("Configs", "train NAME", shipped_configs()),
+        ("Experiments", "reproduce run NAME", shipped_experiments()),
+    ):
+        print(f"{title} (largebatch {command}):")
+        for name, summary in known.items():
+            print(f"  {name:<{max(map(len, known))}}  {summary}")
+
+
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON Schema of all configs, for editors."""
@@ -335,7 +351,7 @@ def data_fetch(
 
 Experiments = Annotated[
     list[str],
-    typer.Argument(metavar="EXPERIMENT...", help="Names in configs/reproduce, or YAML files.", show_default=False),
+    typer.Argument(metavar="EXPERIMENT...", help="Names of `config list`, or YAML files.", show_default=False),
 ]
 ScaleName = Annotated[str, typer.Option("--scale", metavar="smoke|cpu|gpu|paper", help="How large.")]
 RunsFolder = Annotated[Path, typer.Option("--out", parser=_folder, help="Where the run folders are.")]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run a largebatch command on this machine: one rank per GPU or, where there is none, per CPU core.
 #
-#   launch/torchrun.sh train configs/imagenet_resnet50.yaml
-#   RANKS=2 launch/torchrun.sh train configs/fashion_mnist.yaml schedule.epochs=2
+#   launch/torchrun.sh train imagenet_resnet50
+#   RANKS=2 launch/torchrun.sh train fashion_mnist schedule.epochs=2
 #
 # RANKS   processes to start; the result does not depend on it
 # PYTHON  interpreter that has largebatch installed (default: this checkout's .venv, else python3)
@@ -24,7 +24,7 @@ visible_gpus() {
     fi
 }
 
-[ $# -gt 0 ] || fail "say what to run, for example: launch/torchrun.sh train configs/fashion_mnist.yaml"
+[ $# -gt 0 ] || fail "say what to run, for example: launch/torchrun.sh train fashion_mnist"
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then

@@ -16,10 +16,13 @@ PLACES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "launch").iterdir()),
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted((ROOT / "largebatch/configs").rglob("*.yaml")),
 ]
 # A config as it is typed, and what follows it on the line.
-_COMMAND = re.compile(r"""\b(?:train|benchmark|plan|doctor|config show)\s+(configs/(?!x\.)\S+\.yaml)([^`|#(\n"']*)""")
+_COMMAND = re.compile(
+    r"(?:largebatch|\.sh|\.sbatch) (?:train|benchmark|plan|doctor|verify|config show)"
+    r"\s+((?!diff )[a-z0-9_/]+)(?=[\s`])([^`|#(\n\"']*)"
+)
 _MAKE = re.compile(r'ARGS="((?!-)[^"]+)"')
 
 
@@ -31,13 +34,13 @@ def documented() -> list[tuple[str, ...]]:
         for config, rest in _COMMAND.findall(text):
             found.add((config, *(word for word in rest.split() if re.match(r"[a-z_.]+=", word))))
         if place.name in ("Makefile", "CONTRIBUTING.md"):
-            found.update(("configs/fashion_mnist.yaml", *overrides.split()) for overrides in _MAKE.findall(text))
+            found.update(("fashion_mnist", *overrides.split()) for overrides in _MAKE.findall(text))
     return sorted(found)
 
 
 def test_the_short_runs_are_among_them() -> None:
     short = {command for command in documented() if any(word.startswith("schedule.epochs=") for word in command)}
-    assert {("configs/fashion_mnist.yaml", f"schedule.epochs={epochs}") for epochs in (1, 2)} <= short
+    assert {("fashion_mnist", f"schedule.epochs={epochs}") for epochs in (1, 2)} <= short
 
 
 @pytest.mark.parametrize("command", documented(), ids=" ".join)
@@ -50,6 +53,6 @@ def test_the_short_run_of_make_help_trains(tmp_path: Path, monkeypatch: Any, cap
     monkeypatch.chdir(ROOT)
     small = ["data.name=synthetic", "data.synthetic.train_images=1024", "data.synthetic.val_images=8"]
     small += ["model.width=4", "execution.workers_per_pass=16"]
-    command = ["train", "configs/fashion_mnist.yaml", "--run-dir", str(tmp_path / "run"), "schedule.epochs=2", *small]
+    command = ["train", "fashion_mnist", "--run-dir", str(tmp_path / "run"), "schedule.epochs=2", *small]
     assert main(command) == 0
     assert "schedule.warmup.epochs=" in capsys.readouterr().err, "what was scaled is in the log"

@@ -32,8 +32,7 @@ def test_train_installs_then_fetches_then_trains_on_two_ranks(checkout: Path) ->
     assert plan[-3] == "touch .venv/.installed"
     assert plan[-2] == ".venv/bin/largebatch data fetch fashion-mnist"
     assert plan[-1] == (
-        ".venv/bin/torchrun --standalone --nproc-per-node=2 -m largebatch"
-        " train configs/fashion_mnist.yaml schedule.epochs=2"
+        ".venv/bin/torchrun --standalone --nproc-per-node=2 -m largebatch train fashion_mnist schedule.epochs=2"
     )
 
 

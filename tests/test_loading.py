@@ -462,8 +462,14 @@ def test_shorter_epochs_alone_shorten_warmup_and_decay(tmp_path: Path) -> None:
     assert (schedule.epochs, schedule.warmup.epochs, schedule.decay.epochs) == (9, 0.5, [3, 6, 8])
     schedule = read_config(tmp_path / "c.yaml", ["schedule.epochs=180"]).schedule
     assert (schedule.warmup.epochs, schedule.decay.epochs) == (10, [60, 120, 160])
-    with pytest.raises(ConfigError, match=r"decay.epochs ends at 80, but training has only 9 epochs"):
-        read_config(tmp_path / "c.yaml", ["schedule.epochs=9", "schedule.warmup.epochs=1"])
+    with pytest.raises(ConfigError, match=r"decay.epochs ends at 30, but .* 9 epochs.*set schedule.epochs alone"):
+        read_config(tmp_path / "c.yaml", ["schedule.epochs=9", "schedule.decay.epochs=[30]"])
+    (tmp_path / "c.yaml").write_text("schedule: {epochs: 9, warmup: {kind: constant}}\n")
+    schedule = read_config(tmp_path / "c.yaml").schedule
+    assert (schedule.warmup.epochs, schedule.decay.epochs) == (0.5, [3, 6, 8]), "in a file as on the command line"
+    (tmp_path / "c.yaml").write_text("schedule: {epochs: 9, warmup: {epochs: 2}, decay: {kind: none}}\n")
+    schedule = read_config(tmp_path / "c.yaml").schedule
+    assert (schedule.warmup.epochs, schedule.decay.epochs) == (2, [30, 60, 80]), "what is given stays"
 
 
 def test_resize_size_follows_image_size(tmp_path: Path) -> None:

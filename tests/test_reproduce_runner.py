@@ -213,7 +213,7 @@ def test_a_mistake_in_an_experiment_is_told(
 def test_names_that_do_not_exist(tmp_path: Path) -> None:
     missing = call("reproduce", "run", "warmupp", "--out", tmp_path)
     assert missing.status == 2
-    assert "experiment 'warmupp': no file configs/reproduce/warmupp.yaml" in missing.err
+    assert "experiment 'warmupp': no such experiment; did you mean 'warmup'?" in missing.err
     scale = call("reproduce", "status", "warmup", "--scale", "huge")
     assert scale.status == 2
     assert "--scale: 'huge' is not one of smoke, cpu, gpu, paper" in scale.err

@@ -78,7 +78,7 @@ def test_headers_state_the_command_and_the_time() -> None:
     assert len(CONFIGS) >= 6
     for config in CONFIGS:
         header = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
-        assert f"largebatch train configs/instant/{config.name}\n" in header, config.name
+        assert f"largebatch train instant/{config.stem}\n" in header, config.name
         assert "Time:" in header, config.name
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from largebatch.configfile.explain import COMMAND_LINE, Layer, explain
+from largebatch.configfile.shipped import find_config, shipped_configs
 from largebatch.configfile.yamlcore import MAX_DEPTH, read_plain, read_yaml, write_yaml
 from largebatch.errors import ConfigError
 from largebatch.section import Section, expanded
@@ -29,8 +30,8 @@ MAX_BYTES = 1 << 20
 def load_config(path: Path, overrides: Sequence[str], root: type[T]) -> T:
     """The config that the file at ``path`` and the overrides (``section.key=value``, a YAML value) describe.
 
-    The files named by ``extends:`` come first, then the file, then the overrides; mappings merge key by key,
-    lists and single values replace. Raises ConfigError, one line a problem, for whatever is wrong with them.
+    ``path`` may also be the name of a shipped config. The files named by ``extends:`` come first, then the file, then
+    the overrides; mappings merge key by key, lists and single values replace. Raises ConfigError, one line a problem.
     """
     layers = [*_file_layers(path), _command_line_layer(overrides)]
     merged: dict[str, Any] = {}
@@ -68,6 +69,7 @@ def _file_layers(path: Path) -> list[Layer]:
     layers: list[Layer] = []
     chain: dict[str, Path] = {}  # real path -> the name it was reached by
     named_by = ""
+    path = find_config(path)
     while True:
         values = _mapping_in(path, named_by)
         real = os.path.realpath(path)
@@ -81,7 +83,7 @@ def _file_layers(path: Path) -> list[Layer]:
         base = values.pop("extends")
         if not isinstance(base, str) or not base:
             raise config_error(str(path), "extends", f"{show(base)} is not the name of a file")
-        named_by, path = f"{path}: extends", path.parent / expanded(base)
+        named_by, path = f"{path}: extends", find_config(expanded(base), path.parent)
 
 
 def _mapping_in(path: Path, named_by: str) -> dict[str, Any]:
@@ -117,10 +119,11 @@ def _read(path: Path, named_by: str) -> bytes:
 
 
 def _nearest_file(path: Path) -> str:
+    shipped = did_you_mean(str(path), shipped_configs()) if not path.suffix else ""
     try:
-        return did_you_mean(path.name, sorted(os.listdir(path.parent)))
+        return did_you_mean(path.name, sorted(os.listdir(path.parent))) or shipped
     except OSError:
-        return f"; there is no folder {str(path.parent)!r}"
+        return shipped or f"; there is no folder {str(path.parent)!r}"
 
 
 def _command_line_layer(overrides: Sequence[str]) -> Layer:

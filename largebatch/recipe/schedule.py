@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,7 @@ class WarmupSettings(Section):
     kind: Literal["none", "constant", "gradual"] = "gradual"
     """gradual: by a constant amount at each step; constant: the reference rate, then the peak; none."""
     epochs: float = Field(5.0, ge=0)
-    """Length of the warmup, in epochs; rounded to whole steps."""
+    """Length of the warmup, in epochs; rounded to whole steps. If not given: 5 of 90 epochs, in proportion."""
     start_lr: float | None = Field(None, ge=0)
     """Learning rate of step 0, also of a minibatch no larger than the reference. null: the reference rate, and no
     warmup up to the reference minibatch (§5.1)."""
@@ -30,7 +30,8 @@ class DecaySettings(Section):
     kind: Literal["step", "cosine", "none"] = "step"
     """step: times `factor` at each of `epochs`; cosine: half a cosine from the warmup's end to `final_lr`; none."""
     epochs: list[float] = Field(default=[30.0, 60.0, 80.0])
-    """Epochs at which the rate is multiplied by `factor` (kind step)."""
+    """Epochs at which the rate is multiplied by `factor` (kind step). If not given: 30, 60 and 80 of 90 epochs, in
+    proportion."""
     factor: float = Field(0.1, gt=0, le=1)
     """What the rate is multiplied by at each decay (kind step)."""
     final_lr: float = Field(0.0, ge=0)
@@ -41,6 +42,9 @@ class DecaySettings(Section):
         if any(e <= 0 for e in self.epochs) or self.epochs != sorted(set(self.epochs)):
             raise ValueError(f"epochs {self.epochs} must be positive and strictly ascending")
         return self
+
+
+_FIX = "set schedule.epochs alone on the command line, which scales warmup and decays with it, or give"
 
 
 class ScheduleSettings(Section):
@@ -64,17 +68,31 @@ class ScheduleSettings(Section):
     """With `batch.on_resize: rescale`, how long the learning rate takes, in epochs, from the old minibatch's to that
     of a larger one; a lower one is taken at once."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_in_proportion(cls, given: Any) -> Any:
+        """Warmup and decays that are not given keep their place in the paper's 90 epochs."""
+        epochs = given.get("epochs", 90) if isinstance(given, dict) else 90
+        if epochs == 90 or not isinstance(epochs, int | float) or not 0 < epochs < math.inf:
+            return given
+        warmup, decay = given.get("warmup", {}), given.get("decay", {})
+        if isinstance(warmup, dict) and warmup.get("kind") != "none":
+            warmup = {"epochs": 5 * epochs / 90, **warmup}
+        if isinstance(decay, dict) and decay.get("kind", "step") == "step":
+            decay = {"epochs": [at * epochs / 90 for at in (30, 60, 80)], **decay}
+        return {**given, "warmup": warmup, "decay": decay}
+
     @model_validator(mode="after")
     def _fits(self) -> ScheduleSettings:
         if self.warmup.kind != "none" and self.warmup.epochs > self.epochs:
             raise ValueError(
-                f"warmup.epochs {self.warmup.epochs:g} is longer than the training's epochs {self.epochs:g}; "
-                "shorten it (warmup.kind=none leaves it out) or train longer"
+                f"warmup.epochs {self.warmup.epochs:g} is longer than the training's {self.epochs:g} epochs; "
+                f"{_FIX} warmup.epochs below that too, or warmup: {{kind: none}}"
             )
         if self.decay.kind == "step" and self.decay.epochs and self.decay.epochs[-1] >= self.epochs:
             raise ValueError(
-                f"decay.epochs ends at {self.decay.epochs[-1]:g}, but training has only {self.epochs:g} epochs, "
-                "so that decay would never happen; remove it or train longer"
+                f"decay.epochs ends at {self.decay.epochs[-1]:g}, but training has only {self.epochs:g} epochs, so "
+                f"that decay would never happen; {_FIX} decay.epochs below that too, or decay: {{kind: none}}"
             )
         if self.warmup.start_lr is not None and self.warmup.start_lr > self.reference_lr:
             raise ValueError(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from largebatch.configfile.shipped import config_name
 from largebatch.data.catalog import whole_set
 from largebatch.errors import UserError
 from largebatch.reproduce.curves import Curve, early_sign, over_seeds, read_curve
@@ -112,7 +113,7 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
     return {
         "name": row.name,
         "line": row.line,
-        "command": shlex.join(["largebatch", "train", str(first.base), *first.overrides[:-1]]),
+        "command": shlex.join(["largebatch", "train", config_name(first.base), *first.overrides[:-1]]),
         "ranks": row.ranks,
         "in_table": row.name in tabled,
         "global_batch": first.config.batch.global_batch,

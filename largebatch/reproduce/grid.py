@@ -12,6 +12,7 @@ from typing import Any
 
 from largebatch.config import Config, read_config
 from largebatch.configfile.loading import digest
+from largebatch.configfile.shipped import find_config
 from largebatch.errors import ConfigError, UserError
 from largebatch.reproduce.settings import Experiment, Row, Scale, find_experiment, read_experiment
 
@@ -83,7 +84,7 @@ def _make_run(path: Path, experiment: Experiment, row: Row, scale: Scale, seed: 
     for layer in (settings.config, row.config, row.at.get(scale, {})):
         delta.update(_flat(layer))
     overrides = (*(f"{key}={value}" for key, value in delta.items()), f"seed={seed}")
-    base = path.parent / settings.base
+    base = find_config(settings.base, path.parent)
     try:
         config = read_config(base, overrides)
     except ConfigError as error:

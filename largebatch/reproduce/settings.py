@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from largebatch.configfile.loading import load_config
+from largebatch.configfile.shipped import EXPERIMENTS, shipped_experiments
 from largebatch.errors import UserError
 from largebatch.section import Section
 from largebatch.wording import did_you_mean
 
 Scale = Literal["smoke", "cpu", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "cpu", "gpu", "paper")
-FOLDER = Path("configs/reproduce")
 
 
 class PaperValue(Section):
@@ -59,7 +59,7 @@ class ScaleSettings(Section):
     """How large the experiment is made."""
 
     base: str
-    """The config that all rows change, relative to the experiment's file."""
+    """The config that all rows change: a file, relative to the experiment's, or the name of a shipped one."""
     config: dict[str, Any] = Field(default={})
     """What all rows change."""
     seeds: int = Field(ge=1)
@@ -133,12 +133,13 @@ class Experiment(Section):
 
 
 def find_experiment(name: str) -> Path:
-    """The file of the experiment `name`: one of configs/reproduce, or a path. Raises UserError."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    """The file of the experiment `name`: a shipped one, or a path. Raises UserError."""
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else EXPERIMENTS / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-        listed = f"; known here: {', '.join(known)}" if known else f"; there is no {FOLDER} in this folder"
-        raise UserError(f"experiment {name!r}: no file {path}{did_you_mean(name, known)}{listed}")
+        known = list(shipped_experiments())
+        what = f"no file {path}" if is_path else "no such experiment"
+        raise UserError(f"experiment {name!r}: {what}{did_you_mean(name, known)}; shipped: {', '.join(known)}")
     return path
 
 

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hosts import ROOT, wait_until
 from run_folders import summary, tensor_hashes
 
-INSTANT = "configs/instant/resnet8_fp32.yaml"
+INSTANT = "instant/resnet8_fp32"
 HOME = "/home/largebatch"
 # Long enough to be stopped on the way, and saved by the stop alone.
-LONG = ["configs/digits.yaml", "schedule.epochs=20", "checkpoint.every_epochs=null"]
+LONG = ["digits", "schedule.epochs=20", "checkpoint.every_epochs=null"]
 
 
 class Image:
@@ -87,7 +87,7 @@ def instant_configs(image: Image, host: Path) -> dict[str, object]:
     on_host("train", INSTANT, "--run-dir", host / "instant")
     finished = []
     for config in sorted((ROOT / "configs/instant").glob("*.yaml")):
-        image.run("train", f"configs/instant/{config.name}")
+        image.run("train", f"instant/{config.stem}")
         finished.append(config.stem)
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "largebatch")
     image.run(*two, "train", INSTANT, "--run-dir", "runs/two", options=("--entrypoint=python",))
@@ -104,12 +104,12 @@ def instant_configs(image: Image, host: Path) -> dict[str, object]:
 def other_commands(image: Image) -> dict[str, object]:
     """`evaluate` on a mounted run and `plan`, against what the training and the host say."""
     found = json.loads(image.run("evaluate", "runs/resnet8_fp32"))
-    planned = image.run("plan", "configs/imagenet_resnet50_8k.yaml", "--ranks=8", "--json")
+    planned = image.run("plan", "imagenet_resnet50_8k", "--ranks=8", "--json")
     return {
         "evaluate_repeats_the_error_of_the_training": found["val/top1_error"]
         == summary(image.runs / "resnet8_fp32")["top1_error"],
         "plan_is_that_of_the_host": json.loads(planned)
-        == json.loads(on_host("plan", "configs/imagenet_resnet50_8k.yaml", "--ranks=8", "--json")),
+        == json.loads(on_host("plan", "imagenet_resnet50_8k", "--ranks=8", "--json")),
     }
 
 
