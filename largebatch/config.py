@@ -22,6 +22,7 @@ from largebatch.training.settings import (
     ExecutionSettings,
     HealthSettings,
     LoggingSettings,
+    LossSettings,
     OptimizerSettings,
 )
 
@@ -33,6 +34,7 @@ class Config(Section):
     data: DataSettings = DataSettings()
     batch: BatchSettings = BatchSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     batchnorm: BatchNormSettings = BatchNormSettings()
     execution: ExecutionSettings = ExecutionSettings()

@@ -17,7 +17,7 @@ from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.resize import Resize, ResizedOrder, resized_schedule
 from largebatch.recipe.schedule import Schedule, make_schedule
 from largebatch.report.noise import NoiseScale
-from largebatch.training.settings import OptimizerSettings
+from largebatch.training.settings import LossSettings, OptimizerSettings
 
 _LIMIT_OF_LINEAR_RULE = 8192  # §5.2: curves match the baseline up to 8k and leave it from 16k on
 _WORKER_OF_THE_PAPER = 32
@@ -56,6 +56,8 @@ class Plan:
     weight_decay: float
     optimizer: str
     """What is beside the paper's SGD, in words."""
+    loss: str
+    """In words; empty for plain cross-entropy."""
     reduction: str
     image_size: int | None
     """Pixels of an image from a file as the model sees it; None for other sets."""
@@ -108,6 +110,7 @@ def make_plan(
         decay_steps=list(schedule.decay_steps),
         weight_decay=config.optimizer.weight_decay,
         optimizer=_explain_optimizer(config.optimizer),
+        loss=_explain_loss(config.loss),
         reduction=config.execution.reduction,
         image_size=config.data.image_size if from_files else None,
         resize_size=config.data.short_side if from_files else None,
@@ -159,6 +162,16 @@ def _explain_optimizer(optimizer: OptimizerSettings) -> str:
         parts.append(f"gradients clipped to ±{optimizer.clip_value:g}")
     if optimizer.layer_decay < 1:
         parts.append(f"learning rate x {optimizer.layer_decay:g} from each layer to the one before it")
+    return ", ".join(parts)
+
+
+def _explain_loss(loss: LossSettings) -> str:
+    """The loss, where it is not plain cross-entropy; else empty."""
+    parts = [] if loss == LossSettings() else [loss.name]
+    if loss.label_smoothing:
+        parts.append(f"label smoothing {loss.label_smoothing:g}")
+    if loss.target_threshold is not None:
+        parts.append(f"targets above {loss.target_threshold:g} count as 1")
     return ", ".join(parts)
 
 
@@ -271,7 +284,7 @@ def describe(plan: Plan) -> str:
         ("peak learning rate", f"{plan.peak_lr:g} = {plan.lr_explanation}"),
         ("warmup", warmup),
         ("decay", decay),
-        *([("optimizer", plan.optimizer)] if plan.optimizer else []),
+        *((label, text) for label, text in (("optimizer", plan.optimizer), ("loss", plan.loss)) if text),
         ("reduction", plan.reduction),
     ]
     if plan.image_size is not None:

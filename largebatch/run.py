@@ -38,6 +38,7 @@ from largebatch.runfolder import RunFolder
 from largebatch.training.checkpoint import CheckpointFolder, deserialise
 from largebatch.training.delays import Delays
 from largebatch.training.evaluation import evaluate
+from largebatch.training.loss import make_loss
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
 from largebatch.training.preemption import StopRequest, stop_on_signals
@@ -255,6 +256,13 @@ def make_trainer(
         seed=config.seed,
         delays=Delays(execution.delays, ranks.rank) if execution.delays.seconds else None,
     )
+    loss = make_loss(
+        config.loss,
+        classes=train_source.classes,
+        images=config.batch.images_per_worker * execution.workers_per_pass,
+        soft=how.mixes,
+        device=ranks.device,
+    )
     order = make_order(config, train_source.images, resize)
     return Trainer(
         virtual=virtual,
@@ -272,6 +280,7 @@ def make_trainer(
         checkpoints=checkpoints,
         resize=resize,
         loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,
+        loss=loss,
         mix=Mixing(how, classes=train_source.classes, seed=config.seed) if how.mixes else None,
         precise_steps=config.batchnorm.precise_steps if config.batchnorm.statistics == "precise" else 0,
     )

@@ -123,6 +123,7 @@ def _step(trainer: Trainer, step: int) -> None:
             autocast=trainer.autocast,
             loss_scale=trainer.loss_scale,
             loss_factor=trainer.loss_factor * trainer.schedule.loss_scale,
+            loss=trainer.loss,
             mix=trainer.mix,
         )
 

@@ -10,13 +10,17 @@ from run_folders import DIGITS, SMALL, call, saved_steps, summary, train_digits,
 SHORT = ["schedule.epochs=1", "schedule.decay.kind=none"]
 # Switches that do not touch each other share a run.
 SWITCHES = {
-    "adamw, clip_norm, layer_decay": [
+    "adamw, clip_norm, layer_decay, label_smoothing": [
         "optimizer={kind: adamw, weight_decay: 0.05, clip_norm: 0.5, layer_decay: 0.8, no_decay: [conv1]}",
         "schedule={reference_lr: 0.003, warmup: {start_lr: 1.0e-5}}",
+        "loss.label_smoothing=0.1",
     ],
-    "lamb, clip_value": [
+    "lamb, clip_value, cosine to a final rate, bce on mixed targets, fp16": [
         "optimizer={kind: lamb, weight_decay: 0.05, clip_value: 0.01}",
         "schedule={reference_lr: 0.01, decay: {kind: cosine, final_lr: 0.001}}",
+        "loss={name: bce, label_smoothing: 0.1, target_threshold: 0.2}",
+        "data.augmentation.mixup_alpha=0.2",
+        "execution.precision=fp16",
     ],
 }
 

@@ -149,6 +149,7 @@ class Harness:
             lr=_LR,
             autocast=self._trainer.autocast,
             loss_scale=self._trainer.loss_scale,
+            loss=self._trainer.loss,
             mix=self._trainer.mix,
         )
 

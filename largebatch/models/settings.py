@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from largebatch.importing import check_import_path
 from largebatch.section import Section
 from largebatch.wording import did_you_mean
 
@@ -37,8 +37,6 @@ TORCHVISION_NAMES = (*TORCHVISION_RESNETS, *_OTHERS_OF_TORCHVISION.split())
 SMALL_RESNET_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}
 """Blocks in each of the three stages: n of the depth 6n + 2."""
 MLP_HIDDEN = [100, 100, 100, 100]
-
-_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def known_names() -> tuple[str, ...]:
@@ -78,8 +76,7 @@ class ModelSettings(Section):
             if not name.removeprefix("timm:"):
                 raise ValueError(f"{name!r} has no name of a model; write timm:resnet18, say")
         elif ":" in name:
-            if not _IMPORT_PATH.fullmatch(name):
-                raise ValueError(f"{name!r} is not of the form package.module:function")
+            check_import_path(name)
         elif name not in known_names():
             ours = ", ".join([*SMALL_RESNET_BLOCKS, "mlp"])
             hint = did_you_mean(name, known_names()) or f"; one of {ours}, or a classification model of torchvision"

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from largebatch.importing import check_import_path
 from largebatch.section import FreeOnResume, Section
+
+
+class LossSettings(Section):
+    """What is minimised: the mean of a loss over all kn images of a step."""
+
+    name: str = "cross_entropy"
+    """cross_entropy; bce: binary cross-entropy of each class against all others, averaged over the classes (Wightman
+    et al. 2021); or your own function or class as `package.module:function`, called with logits and targets."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over all classes (cross_entropy, bce)."""
+    target_threshold: float | None = Field(None, ge=0, lt=1)
+    """bce: a class counts as fully present where its target is above this; null leaves blended targets as they are."""
+    arguments: dict[str, Any] = Field(default={})
+    """Keyword arguments for your own function or class."""
+
+    @model_validator(mode="after")
+    def _no_idle_key(self) -> LossSettings:
+        own = self.name not in ("cross_entropy", "bce")
+        if own and ":" not in self.name:
+            raise ValueError(f"name: {self.name!r} is not cross_entropy or bce (your own: package.module:function)")
+        if own:
+            check_import_path(self.name)
+        if own and self.label_smoothing:
+            raise ValueError(f"label_smoothing: {self.name} does not take it; give it in arguments, under its own name")
+        if self.target_threshold is not None and self.name != "bce":
+            raise ValueError(f"target_threshold: {self.target_threshold:g} is for bce; {self.name} does not take it")
+        if self.arguments and not own:
+            raise ValueError(f"arguments: {self.name} takes none; seen {', '.join(self.arguments)}")
+        return self
+
 
 _KINDS_OF = {
     "trust_coefficient": ("lars",),

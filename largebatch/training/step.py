@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from largebatch.data.mixing import Mixing
+from largebatch.training.loss import Loss
 from largebatch.training.optimizer import set_lr, update_unless
 from largebatch.training.precision import Autocast, LossScale
 from largebatch.training.virtual_workers import VirtualWorkers
@@ -66,6 +67,7 @@ def train_step(
     autocast: Autocast,
     loss_scale: LossScale,
     loss_factor: float = 1.0,
+    loss: Loss = F.cross_entropy,
     mix: Mixing | None = None,
     flags: Tensor | None = None,
     measure_noise: bool = False,
@@ -89,10 +91,10 @@ def train_step(
                 images, targets = mix(images, labels, step, workers)
                 labels = targets.argmax(dim=1)
             logits = virtual(images)
-            loss = F.cross_entropy(logits, targets)
+            mean = loss(logits, targets)
             wrong = (logits.detach().argmax(dim=1) != labels).sum()
-            virtual.backward(loss, sums={"wrong": wrong, **own}, factor=loss_factor)
-            losses.append(loss.detach())
+            virtual.backward(mean, sums={"wrong": wrong, **own}, factor=loss_factor)
+            losses.append(mean.detach())
     bad_loss, bad_gradients = ~virtual.loss.isfinite(), virtual.outcome.not_finite
     left_out = bad_loss | bad_gradients | virtual.outcome.overflowed.any()
     update_unless(left_out, optimizer)

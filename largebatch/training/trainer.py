@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,6 +30,7 @@ from largebatch.training.dealing import Dealer
 from largebatch.training.evaluation import evaluate
 from largebatch.training.facts import FactReader, StepFacts, flags_on
 from largebatch.training.interval import Interval
+from largebatch.training.loss import Loss
 from largebatch.training.optimizer import restore_optimizer
 from largebatch.training.precision import make_autocast, make_loss_scale
 from largebatch.training.preemption import StopRequest
@@ -93,6 +95,8 @@ class Trainer:
     """The newest change of the minibatch (`batch.on_resize: rescale`), which `order` and `schedule` follow."""
     loss_factor: float = 1.0
     """Multiplies the gradients (the ablations of remarks 1 and 3)."""
+    loss: Loss = F.cross_entropy
+    """What is minimised."""
     mix: Mixing | None = None
     """Blends the images of each virtual worker (mixup, CutMix)."""
     precise_steps: int = 0
@@ -215,6 +219,7 @@ class Trainer:
             autocast=self.autocast,
             loss_scale=self.loss_scale,
             loss_factor=self.loss_factor * self.schedule.loss_scale,
+            loss=self.loss,
             mix=self.mix,
             flags=self._flags(),
             measure_noise=self._measures_noise(),
