@@ -63,9 +63,16 @@ def test_folder_is_numbered_in_sorted_order(folder):
     assert np.abs(images[5].permute(1, 2, 0).numpy() - expected).max() < 2 / 255 / 0.22
 
 
-def test_pixels_do_not_depend_on_processes_or_passes(folder):
-    alone, _ = load(settings_for(folder, processes=0), seed=5, device=CPU)
-    helped, _ = load(settings_for(folder, processes=2, prefetch=1), seed=5, device=CPU)
+@pytest.mark.parametrize(
+    "how",
+    [
+        Augmentation(),
+        Augmentation(auto_augment="trivialaugment", color_jitter=[0.4, 0.4, 0.4, 0.1], random_erasing=0.5),
+    ],
+)
+def test_pixels_do_not_depend_on_processes_or_passes(folder, how):
+    alone, _ = load(settings_for(folder, processes=0, augmentation=how), seed=5, device=CPU)
+    helped, _ = load(settings_for(folder, processes=2, prefetch=1, augmentation=how), seed=5, device=CPU)
     [(whole, _)] = read_all(alone, [(3, range(12))])
     chunks = [[11, 0], [5], [6, 7, 8, 1], [2, 3, 4, 9, 10]]
     for got, indices in zip(read_all(helped, [(3, c) for c in chunks]), chunks, strict=True):
@@ -249,6 +256,17 @@ def test_own_label_outside_the_classes(processes):
         (own("make_tensors", arguments={"labels": [0.5, 1.0]}), DataError, r"labels must be integers \[2\]"),
         (own("make_tensors", arguments={"labels": [1], "shape": [5, 5]}), DataError, "images must be uint8"),
         (own("make_datasets", arguments={"labels": [1]}, augmentation=Augmentation(kind="crop")), ConfigError, "crop"),
+        (
+            own(
+                "make_tensors",
+                arguments={"labels": [0, 1], "shape": [2, 5, 5]},
+                mean=[0.5] * 2,
+                std=[0.5] * 2,
+                augmentation=Augmentation(auto_augment="randaugment"),
+            ),
+            ConfigError,
+            "for images of 1 or 3 channels, and these have 2",
+        ),
         (own("make_datasets", arguments={"labels": []}), DataError, "training set: the dataset has no images"),
         (own("nothing"), DataError, r"must return \(train, val\), not None"),
         (own("absent"), DataError, "cannot be imported .*absent"),

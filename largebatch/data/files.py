@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from largebatch.data.loaders import make_loader, starting
+from largebatch.data.operations import Operations, make_operations
 from largebatch.data.pictures import (
     CROP_DRAWS,
     Picture,
@@ -148,11 +149,19 @@ class Decoder:
     """What a loader process runs: a pass in, its pictures out."""
 
     def __init__(
-        self, pictures: Pictures, settings: DataSettings, seed: int, *, augment: bool, leaves_out: bool
+        self,
+        pictures: Pictures,
+        settings: DataSettings,
+        seed: int,
+        *,
+        augment: bool,
+        operations: Operations | None,
+        leaves_out: bool,
     ) -> None:
         """With `leaves_out`, a picture that may be skipped is left out, else the next good one stands in for it."""
         self._pictures, self._settings, self._seed = pictures, settings, seed
-        self._augment = augment and settings.augmentation.kind != "none"
+        self._crop = augment and settings.augmentation.kind != "none"
+        self._operations = operations if augment else None
         self._leaves_out = leaves_out
 
     def __getitem__(self, requested: Pass) -> Decoded | DataError:
@@ -172,6 +181,8 @@ class Decoder:
             if (good := self._good_view(index, draw, skipped)) is not None:
                 images[row], labels[row] = good
                 row += 1
+        if self._operations is not None:
+            self._operations(images, requested.epoch, requested.indices)
         return Decoded(images[:row], labels[:row], skipped)
 
     def _good_view(self, index: int, draws: Sequence[float], skipped: list[str]) -> tuple[Tensor, int] | None:
@@ -195,7 +206,7 @@ class Decoder:
         settings = self._settings
         try:
             picture, label = self._pictures.picture(index)
-            if self._augment:
+            if self._crop:
                 return training_view(picture, draws, settings.image_size, settings.augmentation), label
             return validation_view(picture, settings.short_side, settings.image_size), label
         except DataError:
@@ -243,6 +254,7 @@ class PictureSource:
         self.class_names, self.mean, self.std = pictures.class_names, tuple(mean), tuple(std)
         self.shape = (3, settings.image_size, settings.image_size)
         self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
+        self._operations = make_operations(settings.augmentation, mean=mean, seed=seed)
         self._normalise = Normalise(mean, std, self.shape, device)
         self.skipped = 0
         self._known_bad: set[str] = set()
@@ -286,7 +298,14 @@ class PictureSource:
         first = list(itertools.islice(given, 1))  # no later one is larger
         asked = _Passes(itertools.chain(first, given))
         loader = make_loader(
-            Decoder(self._pictures, settings, self._seed, augment=augment, leaves_out=self._validates),
+            Decoder(
+                self._pictures,
+                settings,
+                self._seed,
+                augment=augment,
+                operations=self._operations,
+                leaves_out=self._validates,
+            ),
             asked,
             processes=settings.loader_processes,
             prefetch=settings.prefetch,

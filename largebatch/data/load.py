@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from largebatch.data.catalog import IMAGENET_MEAN, IMAGENET_STD, class_names_of,
 from largebatch.data.files import DatasetPictures, FolderPictures, Pictures, PictureSource, class_names
 from largebatch.data.known import Split, read_known
 from largebatch.data.memory import MemorySource
+from largebatch.data.operations import make_operations
 from largebatch.data.own import PARTS, call_own, check_tensors, is_tensors, own_classes
 from largebatch.data.pictures import describe
 from largebatch.data.settings import FOLDERS, DataSettings
@@ -53,9 +55,14 @@ def _in_memory(
     how = settings.augmentation
     if how.kind == "resized_crop":
         raise ConfigError("data.augmentation.kind: resized_crop is for pictures in files; here: crop or none")
+    if train[0].shape[1] not in (1, 3) and (how.auto_augment != "none" or how.color_jitter):
+        raise ConfigError(
+            "data.augmentation: auto_augment and color_jitter are for images of 1 or 3 channels, and these have "
+            f"{train[0].shape[1]}; leave them at none and null"
+        )
     padding, flip = (0, False) if how.kind == "none" else (how.padding, how.flip)
 
-    def source(split: Split, limit: int | None, padding: int, flip: bool) -> MemorySource:
+    def source(split: Split, limit: int | None, **augmentation: Any) -> MemorySource:
         images, labels = split[0][:limit], split[1][:limit]
         return MemorySource(
             images,
@@ -64,13 +71,13 @@ def _in_memory(
             class_names=class_names_of(settings),
             mean=mean,
             std=std,
-            padding=padding,
-            flip=flip,
-            seed=seed,
             device=device,
+            **augmentation,
         )
 
-    return source(train, settings.train_images, padding, flip), source(val, settings.val_images, 0, False)
+    operations = make_operations(how, mean=mean, seed=seed)
+    varied = source(train, settings.train_images, padding=padding, flip=flip, operations=operations, seed=seed)
+    return varied, source(val, settings.val_images)
 
 
 def _folder(settings: DataSettings, seed: int, device: torch.device) -> Sources:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from largebatch.data.operations import Operations
 from largebatch.data.pixels import Normalise, image_draws
 from largebatch.data.source import Batches, Pass
 
@@ -18,7 +19,7 @@ class MemorySource:
 
     images: uint8 [M, C, H, W]; labels: integers [M]; mean, std: per channel in [0, 1]. An augmented image is
     padded with `padding` zeros on each side, cut at a random place and, with `flip`, mirrored half of the
-    times; its draws depend on (seed, epoch, index) alone.
+    times, then varied by `operations`; its draws depend on (seed, epoch, index) alone.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class MemorySource:
         std: Sequence[float],
         padding: int = 0,
         flip: bool = False,
+        operations: Operations | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -45,6 +47,7 @@ class MemorySource:
         self.skipped, self.leaves_out = 0, False
         self.labels = labels.to(device, torch.int64)
         self._padding, self._flip, self._seed = padding, flip, seed
+        self._operations = operations
         self._normalise = Normalise(mean, std, self.shape, device)
         self._windows = _windows(images.to(device), padding)
         self._epoch: int | None = None
@@ -75,6 +78,10 @@ class MemorySource:
             # a ^ ((a ^ b) & mask) chooses between a and b as `where` does, at a third of its time for bytes.
             mask = mirror[chosen][:, None, None, None]
             images = images ^ ((images ^ images.flip(2)) & mask)
+        if self._operations is not None:
+            images = images.cpu()
+            self._operations(images, epoch, indices)
+            images = images.to(self.labels.device)
         return self._normalise(images), self.labels[chosen]
 
     def _draws(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:

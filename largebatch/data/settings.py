@@ -15,6 +15,7 @@ NAMES = (*IN_MEMORY, *FOLDERS)
 
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
+Jitter = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=4, max_length=4)]
 Channels = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
 
 
@@ -37,6 +38,22 @@ class Augmentation(Section):
     ratio: Pair = Field(default=[3 / 4, 4 / 3])
     """`resized_crop`: smallest and largest width / height of the crop."""
 
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """torchvision's RandAugment (Cubuk et al. 2020) or TrivialAugmentWide (Müller and Hutter 2021), after the crop."""
+
+    ra_num_ops: int = Field(default=2, ge=1, le=14)
+    """`randaugment`: operations for each image."""
+
+    ra_magnitude: int = Field(default=9, ge=0, le=30)
+    """`randaugment`: their strength, of 30."""
+
+    color_jitter: Jitter | None = None
+    """Brightness, contrast, saturation and hue vary by as much as this, as in torchvision's ColorJitter; null for
+    none."""
+
+    random_erasing: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a box of the image is filled with the set's mean colour."""
+
     mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
     """mixup: each virtual worker blends its images with one another, by a share drawn from Beta(alpha, alpha) anew in
     each step; 0 for none."""
@@ -56,6 +73,8 @@ class Augmentation(Section):
             raise ValueError(f"scale {self.scale}: needs 0 < smallest <= largest <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio}: needs 0 < smallest <= largest")
+        if self.color_jitter and self.color_jitter[3] > 0.5:
+            raise ValueError(f"color_jitter {self.color_jitter}: the hue, the last one, is 0.5 at most (a half turn)")
         return self
 
     @property
