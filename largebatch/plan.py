@@ -22,6 +22,8 @@ from largebatch.training.settings import LossSettings, OptimizerSettings
 _LIMIT_OF_LINEAR_RULE = 8192  # §5.2: curves match the baseline up to 8k and leave it from 16k on
 _WORKER_OF_THE_PAPER = 32
 _SHORT_WARMUP = 100
+_LR_OF_SGD = 0.05
+_DECAY_OF_ADAM = 0.005
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _explain_loss(loss: LossSettings) -> str:
 def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[str]:
     batch = config.batch
     found = []
-    if batch.global_batch > _LIMIT_OF_LINEAR_RULE:
+    if batch.global_batch > _LIMIT_OF_LINEAR_RULE and config.optimizer.kind == "sgd":
         found.append(
             f"the minibatch of {batch.global_batch} is beyond {_LIMIT_OF_LINEAR_RULE}: in the paper the linear rule "
             "with plain SGD loses accuracy from 16k on (Figure 1); expect a higher error"
@@ -198,7 +200,49 @@ def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[st
             f"{batch.virtual_workers} virtual workers on {len(workers)} ranks come out uneven "
             f"({max(workers)} on some, {min(workers)} on others): the result is the same, but ranks with fewer wait"
         )
-    return found
+    return found + [text for odd, text in _odd_combinations(config, schedule) if odd]
+
+
+def _odd_combinations(config: Config, schedule: Schedule) -> list[tuple[bool, str]]:
+    """What is allowed and rarely meant: whether it is so here, and a warning."""
+    optimizer, s = config.optimizer, config.schedule
+    kind, adaptive, decay = optimizer.kind, optimizer.adaptive, optimizer.weight_decay
+    weights = config.model.init_from or config.model.arguments.get("weights")
+    return [
+        (
+            adaptive and s.lr_rule == "linear",
+            f"schedule.lr_rule linear is for SGD; {kind}'s update does not grow with the gradient, and its learning "
+            "rate usually grows with the square root of kn (schedule.lr_rule=sqrt)",
+        ),
+        (
+            adaptive and s.reference_lr >= _LR_OF_SGD,
+            f"schedule.reference_lr {s.reference_lr:g} is one of SGD; {kind} usually takes 0.0001 to 0.01",
+        ),
+        (
+            adaptive and schedule.warmup_steps == 0,
+            f"{kind} starts at its peak learning rate, without a warmup, which often diverges; set "
+            "schedule.warmup.start_lr to warm up at this minibatch too",
+        ),
+        (
+            adaptive and 0 < decay < _DECAY_OF_ADAM,
+            f"optimizer.weight_decay {decay:g} is one of SGD; {kind} multiplies it by the learning rate once more, and "
+            "usually takes 0.01 to 0.1",
+        ),
+        (
+            kind == "sgd" and decay >= _DECAY_OF_ADAM,
+            f"optimizer.weight_decay {decay:g} is one of AdamW; the paper's SGD takes 0.0001",
+        ),
+        (
+            optimizer.layer_decay < 1 and not weights,
+            f"optimizer.layer_decay {optimizer.layer_decay:g} keeps the first layers near where they start, which is "
+            "random here; it is for weights to start from (model.init_from)",
+        ),
+        (
+            config.loss.name == "bce" and kind == "sgd",
+            "loss bce is averaged over the classes, so its gradients are smaller than of cross_entropy; SGD needs "
+            "a larger schedule.reference_lr for it, adamw and lamb do not",
+        ),
+    ]
 
 
 def describe_limit(plan: Plan, whole: NoiseScale, thirds: Sequence[NoiseScale]) -> str:
