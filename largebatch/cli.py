@@ -51,7 +51,7 @@ benchmark_app = typer.Typer(
     no_args_is_help=True,
 )
 config_app = typer.Typer(help="List or show configs, or print their JSON Schema.", no_args_is_help=True)
-data_app = typer.Typer(help="Obtain data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Obtain data sets, or pack them.", no_args_is_help=True)
 reproduce_app = typer.Typer(help="The paper's comparisons: run, watch and report them.", no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(config_app, name="config")
@@ -347,6 +347,30 @@ def data_fetch(
     from largebatch.data.fetch import fetch
 
     fetch(name, root)
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of train/CLASS/ and val/CLASS/.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", parser=_folder, help="Folder for the shards.")],
+    jobs: Annotated[int | None, typer.Option(min=1, help="Shards at a time.  [default: the cores]")] = None,
+    images_per_shard: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 4096,
+) -> None:
+    """Pack a folder of images into tar shards with an index (data.name: shards); the same command resumes.
+
+    Training from the shards gives the same bits as from the folder. WebDataset reads them too.
+    """
+    from largebatch.data.pack import pack
+
+    pack(source, dest, jobs=jobs or _cores(), images_per_shard=images_per_shard, report=_say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Experiments = Annotated[

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from largebatch.config import Config
-from largebatch.data.settings import FOLDERS
+from largebatch.data.settings import FROM_FILES
 from largebatch.recipe.batch import deal_by_speed, deal_equally
 from largebatch.recipe.efficiency import images_factor, steps_factor
 from largebatch.recipe.order import EpochOrder
@@ -84,7 +84,7 @@ def make_plan(
     workers = deal_equally(batch.virtual_workers, config.execution.workers_per_pass, world_size).workers_on_rank()
     order = make_order(config, train_images, resize)
     schedule = run_schedule(config, order, resize)
-    from_files = config.data.name in FOLDERS
+    from_files = config.data.name in FROM_FILES
     return Plan(
         name=name,
         world_size=world_size,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from largebatch.data.known import FILES, checked_bytes
-from largebatch.data.settings import FOLDERS
+from largebatch.data.settings import FROM_FILES
 from largebatch.errors import DataError
 
 _NETWORK_TIMEOUT = 15  # seconds without an answer
@@ -30,7 +30,9 @@ def fetch(name: str, root: Path, report: Callable[[str], None] = print) -> Path:
     if name in ("digits", "synthetic"):
         report(f"{name}: nothing to fetch, it comes with the package")
         return root
-    if name in FOLDERS:
+    if name == "shards":
+        raise DataError("shards: cannot be downloaded; largebatch data pack makes them from a folder of images")
+    if name in FROM_FILES:
         raise DataError(f"{name}: cannot be downloaded; put it in {root}/train/CLASS/ and {root}/val/CLASS/")
     if name not in FILES:
         raise DataError(f"{name}: unknown set; sets that can be fetched: {', '.join(FILES)}")

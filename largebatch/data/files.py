@@ -30,6 +30,7 @@ from largebatch.data.pictures import (
 )
 from largebatch.data.pixels import Normalise, image_draws
 from largebatch.data.settings import DataSettings
+from largebatch.data.shards import SIZED
 from largebatch.data.source import Batches, Pass
 from largebatch.errors import DataError
 from largebatch.wording import reason
@@ -38,7 +39,6 @@ _log = logging.getLogger(__name__)
 _SKIPPED_IN_A_ROW = 100  # more is no bad picture, but a disk that is gone
 _SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
              ".gif", ".avif")  # fmt: skip
-_SIZED = 10_000  # files whose sizes are part of the fingerprint: asking for all of a million takes minutes
 
 
 class Pictures(Protocol):
@@ -82,16 +82,24 @@ class FolderPictures:
     def fingerprint(self) -> str:
         """Of the files' names, which hold the class, and of the sizes of 10,000 evenly spread ones."""
         hashed = hashlib.sha256(b"\n".join(self._files.tolist()))
-        for index in range(0, len(self), -(-len(self) // _SIZED)):
+        for index in range(0, len(self), -(-len(self) // SIZED)):
             with contextlib.suppress(OSError):  # whoever reads it will say so
                 hashed.update(b"%d\n" % os.stat(self.name(index)).st_size)
         return hashed.hexdigest()
 
+    def file(self, index: int) -> bytes:
+        """A file's name below the folder."""
+        return bytes(self._files[index])
+
+    def label(self, index: int) -> int:
+        """The number of an image's class."""
+        return int(self._labels[index])
+
     def name(self, index: int) -> str:
-        return os.path.join(self._folder, os.fsdecode(self._files[index]))
+        return os.path.join(self._folder, os.fsdecode(self.file(index)))
 
     def picture(self, index: int) -> tuple[Picture, int]:
-        return open_picture(self.name(index)), int(self._labels[index])
+        return open_picture(self.name(index)), self.label(index)
 
 
 class DatasetPictures:

@@ -14,7 +14,8 @@ from largebatch.data.memory import MemorySource
 from largebatch.data.operations import make_operations
 from largebatch.data.own import PARTS, call_own, check_tensors, is_tensors, own_classes
 from largebatch.data.pictures import describe
-from largebatch.data.settings import FOLDERS, DataSettings
+from largebatch.data.settings import FROM_FILES, DataSettings
+from largebatch.data.shards import ShardPictures
 from largebatch.data.source import ImageSource
 from largebatch.data.synthetic import make_split
 from largebatch.errors import ConfigError, DataError
@@ -29,7 +30,9 @@ def load(settings: DataSettings, *, seed: int, device: torch.device) -> Sources:
     """
     if ":" in settings.name:
         return _own(settings, seed, device)
-    if settings.name in FOLDERS:
+    if settings.name == "shards":
+        return _shards(settings, seed, device)
+    if settings.name in FROM_FILES:
         return _folder(settings, seed, device)
     if settings.name == "synthetic":
         made = settings.synthetic
@@ -90,6 +93,15 @@ def _folder(settings: DataSettings, seed: int, device: torch.device) -> Sources:
     train = FolderPictures(root / "train", classes, settings.train_images)
     val = FolderPictures(root / "val", classes, settings.val_images)
     _check_counts(settings, train, val)
+    return _pictures(settings, train, val, (IMAGENET_MEAN, IMAGENET_STD), seed, device)
+
+
+def _shards(settings: DataSettings, seed: int, device: torch.device) -> Sources:
+    root = Path(settings.root)
+    train = ShardPictures(root / "train", settings.train_images)
+    val = ShardPictures(root / "val", settings.val_images)
+    if train.class_names != val.class_names:
+        raise DataError(f"{root}: train/ and val/ have other classes; pack or index both of one set")
     return _pictures(settings, train, val, (IMAGENET_MEAN, IMAGENET_STD), seed, device)
 
 

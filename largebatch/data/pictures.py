@@ -83,6 +83,11 @@ def open_picture(path: str) -> Picture:
             data = file.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
+    return picture_from(path, data)
+
+
+def picture_from(path: str, data: bytes) -> Picture:
+    """The picture in the content of a file that messages call `path`. Raises DataError naming it."""
     if frame := find_frame(data):
         try:
             _check_size(frame.width, frame.height)

@@ -10,8 +10,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from largebatch.section import FolderName, FreeOnResume, Section
 
 IN_MEMORY = ("fashion-mnist", "mnist", "cifar10", "digits", "synthetic")
-FOLDERS = ("imagefolder", "imagenet")
-NAMES = (*IN_MEMORY, *FOLDERS)
+FROM_FILES = ("imagefolder", "imagenet", "shards")
+NAMES = (*IN_MEMORY, *FROM_FILES)
 
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
@@ -103,12 +103,12 @@ class DataSettings(Section):
     """Which data set, where it lies, and how it is read."""
 
     name: str = "fashion-mnist"
-    """`fashion-mnist`, `mnist`, `cifar10`, `digits`, `imagefolder`, `imagenet`, `synthetic`, or
-    `package.module:function` for your own, called with `arguments`; it returns (train, val)."""
+    """`fashion-mnist`, `mnist`, `cifar10`, `digits`, `imagefolder`, `imagenet`, `shards` (made by `largebatch data
+    pack`), `synthetic`, or `package.module:function` for your own, called with `arguments`; it returns (train, val)."""
 
     root: FreeOnResume[FolderName] = "data"
-    """Folder that holds the data set; for `imagefolder` and `imagenet` the one with `train/` and `val/`. `~` and
-    `$NAME` are expanded."""
+    """Folder that holds the data set; for `imagefolder`, `imagenet` and `shards` the one with `train/` and `val/`. `~`
+    and `$NAME` are expanded."""
 
     augmentation: Augmentation = Augmentation()
     """How training images are varied."""
@@ -170,7 +170,7 @@ class DataSettings(Section):
         kind = self.augmentation.kind
         if kind == "resized_crop" and self.name in IN_MEMORY:
             raise ValueError(f"augmentation.kind {kind} is for pictures in files; {self.name}: crop or none")
-        if kind == "crop" and self.name in FOLDERS:
+        if kind == "crop" and self.name in FROM_FILES:
             raise ValueError(f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none")
         if self.short_side < self.image_size:
             raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
