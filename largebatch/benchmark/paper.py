@@ -25,7 +25,7 @@ BACKWARD = 0.120  # seconds, §4
 RANKS_PER_SERVER, SERVERS = 8, 44  # 352 GPUs at a minibatch of 11,264, §5.5
 ETHERNET = 50e9 / 8  # bytes a second, §4
 REPORTED_INCREASE, REPORTED_EFFICIENCY = 0.12, 0.90  # §5.5
-HOURS_ON_ONE_SERVER, EPOCHS, IMAGES, SERVER_BATCH = 29, 90, 1_281_167, 256  # §5.5
+HOURS_ON_ONE_SERVER, EPOCHS, IMAGES, SERVER_BATCH = 29, 90, 1_281_167, 256  # §1, §5.1
 STEP = HOURS_ON_ONE_SERVER * 3600 / (EPOCHS * IMAGES / SERVER_BATCH)
 INSIDE_RATE = 20e9  # bytes a second: an assumption
 INSIDE_LATENCY = 10e-6  # seconds: an assumption
@@ -126,21 +126,21 @@ def _layers() -> list[tuple[int, int]]:
 def assumptions() -> Sequence[str]:
     """Every figure of the example with where it is from."""
     return (
-        f"Gradients: {GRADIENTS / 1e6:.0f} MB; backward pass: {1000 * BACKWARD:.0f} ms; {RANKS_PER_SERVER} GPUs a "
+        f"Gradients: {GRADIENTS / 1e6:.0f} MB; backward pass: {1000 * BACKWARD:.0f} ms; {RANKS_PER_SERVER} GPUs per "
         f"server, {SERVERS} servers, {8e-9 * ETHERNET:.0f} Gbit/s Ethernet (§4, §5.5).",
         f"A step on one server: {1000 * STEP:.1f} ms, from {HOURS_ON_ONE_SERVER} hours for {EPOCHS} epochs at a "
-        f"minibatch of {SERVER_BATCH} (§5.5). The paper's other figure, 16 minutes for an epoch, gives "
-        f"{1000 * 16 * 60 / (IMAGES / SERVER_BATCH):.1f} ms; the two do not agree, and the longer one is consistent "
-        "with 256 GPUs in one hour at 90 %.",
-        "Everything but the backward pass comes before it, so nothing after it hides communication.",
-        "Each layer takes its share of the backward pass by its multiplications; its gradients are sent by "
-        "themselves when it is done (the paper aggregates layer by layer), one message after another.",
+        f'minibatch of {SERVER_BATCH} (§1). This agrees with the other figures: an epoch takes "over 16 minutes" '
+        f"(over {1000 * 16 * 60 / (IMAGES / SERVER_BATCH):.1f} ms a step) on one server, one hour for 256 GPUs at 90 % "
+        "efficiency, 30 seconds an epoch on 352 GPUs (§5.5).",
+        "Everything except the backward pass comes before it, so nothing after it hides communication.",
+        "Each layer takes a share of the backward pass in proportion to its multiplications; its gradients are sent as "
+        "soon as it is done (the paper aggregates layer by layer), one message after another.",
         f"Network overhead: {ASSUMED_OVERHEAD:.2f}, since §4 needs about 15 Gbit/s to move 12.8.",
-        f"Latency between servers: {1e6 * ASSUMED_LATENCY:.0f} µs a message. Not in the paper.",
-        f"Inside a server: {INSIDE_RATE / 1e9:.0f} GB/s and {1e6 * INSIDE_LATENCY:.0f} µs a message. Not in the paper.",
+        f"Latency between servers: {1e6 * ASSUMED_LATENCY:.0f} µs per message. Not in the paper.",
+        f"Inside a server: {INSIDE_RATE / 1e9:.0f} GB/s, {1e6 * INSIDE_LATENCY:.0f} µs per message. Not in the paper.",
         "Inside a server a ring, between servers recursive halving and doubling (§4).",
-        "No jitter, and communication that is hidden costs the compute nothing. Not in the paper; the result shows "
-        "that one of the two must be wrong.",
+        "No jitter, and hidden communication does not slow down the compute. Not in the paper; the result shows that "
+        "one of the two must be wrong.",
     )
 
 
@@ -166,11 +166,11 @@ def as_markdown() -> str:
         f"| efficiency relative to one server | {100 / (1 + found.increase_hidden):.1f} % (hidden), "
         f"{100 / (1 + found.increase_unhidden):.1f} % (not) | ~{100 * REPORTED_EFFICIENCY:.0f} % |",
         "",
-        f"The reported {100 * REPORTED_INCREASE:+.0f} % lies between the two. It is what comes out if a step loses "
-        f"{100 * found.contention_for_reported:.0f} % of the time of the communication that it hides (copies from the "
-        "GPUs to the hosts, kernels of NCCL, and sums on the CPUs take what compute needs), or else if the compute of "
-        f"a GPU varies by {1000 * found.jitter_for_reported:.1f} ms ({100 * found.jitter_for_reported / STEP:.1f} % of "
-        "a step, standard deviation), since each step waits for the slowest of 352. It is not the Ethernet's rate: "
-        f"the bytes need {1000 * wire:.0f} ms of the {1000 * BACKWARD:.0f} ms that they may take.",
+        f"The reported {100 * REPORTED_INCREASE:+.0f} % lies between the two. It results if a step loses "
+        f"{100 * found.contention_for_reported:.0f} % of the time of the communication it hides (copies from GPUs to "
+        "hosts, NCCL's kernels and sums on CPUs take resources from the compute), or if the compute time of a GPU "
+        f"varies by {1000 * found.jitter_for_reported:.1f} ms ({100 * found.jitter_for_reported / STEP:.1f} % of "
+        "a step, standard deviation), since each step waits for the slowest of 352. The Ethernet is not the limit: "
+        f"the bytes need {1000 * wire:.0f} ms, and {1000 * BACKWARD:.0f} ms are available.",
     ]
     return "\n".join(lines)
