@@ -1,7 +1,7 @@
-"""Writes the README's figures from the JSON files under results/; nothing in these blocks is typed by hand.
+"""Writes the tables of docs/results.md from the JSON files under results/; nothing in these blocks is typed by hand.
 
 python benchmarks/readme_figures.py           # writes the blocks
-python benchmarks/readme_figures.py --check   # exit status 1 if they are not what the files say
+python benchmarks/readme_figures.py --check   # exit status 1 if they differ from what the files say
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from largebatch.benchmark.tables import (
     tune_rule,
     tune_table,
 )
+from largebatch.reproduce.tables import readme_block
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/results.md"
+RESULTS = "../results"  # as the page sees it
 
 
 def read(name: str) -> Any:
@@ -52,33 +55,33 @@ def rows() -> list[tuple[str, str]]:
             f"top-1 error {summary['top1_error']:.2f} % in {summary['seconds']:.0f} s "
             f"({summary['images_per_second']:.0f} images/s)",
         ),
-        ("images/s of the training step over a bare PyTorch loop's, one rank", ratio("train/loop_n1.json")),
-        ("images/s of `reproducible` over `fast`, two ranks, k = 16", ratio("train/loop_n2.json")),
+        ("images/s of the training step relative to a bare PyTorch loop, one rank", ratio("train/loop_n1.json")),
+        ("images/s of `reproducible` relative to `fast`, two ranks, k = 16", ratio("train/loop_n2.json")),
         (
-            "images/s of steps that each measure the gradient noise scale over steps that do not, k = 16",
+            "images/s of steps that measure the gradient noise scale relative to steps that do not, k = 16",
             ratio("train/noise_scale.json"),
         ),
-        ("images/s of the JPEG path over torchvision's reference transform, one core", jpeg()),
+        ("images/s of the JPEG path relative to torchvision's reference transform, one core", jpeg()),
     ]
 
 
 def measured() -> str:
     table: Table = (["what", "measured"], [list(row) for row in rows()])
     where = machine_text(read("train/main_job.json")["environment"])
-    return f"On {where}; files and commands under `results/`.\n\n{as_markdown(table)}\n"
+    return f"On {where}; files and commands are under `results/`.\n\n{as_markdown(table)}\n"
 
 
 def benchmark() -> str:
-    folder = "results/benchmark/resnet20_cpu"
+    folder = f"{RESULTS}/benchmark/resnet20_cpu"
     found = read("benchmark/resnet20_cpu/benchmark.json")
     measurements = found["measurements"]
     rounds = len({window["round"] for window in measurements[0]["windows"]})
     head = (
         f"`torchrun --standalone --nproc-per-node=2 -m largebatch {found['command']}` on "
-        f"{machine_text(found['environment'])}, gloo, one thread a rank; medians of {rounds} interleaved rounds ± half "
-        f"the interquartile range ([{folder}]({folder}/benchmark.md))."
+        f"{machine_text(found['environment'])}, gloo, one thread per rank; medians of {rounds} interleaved rounds ± "
+        f"half the interquartile range ([report]({folder}/benchmark.md))."
     )
-    pictures = "\n".join(
+    plots = "\n".join(
         f"![{what}]({folder}/{name}.png)"
         for name, what in (
             ("throughput", "Throughput against ideal"),
@@ -88,15 +91,17 @@ def benchmark() -> str:
     )
     tables = [scaling_table(measurements), breakdown_table(measurements), tune_table(found["tune"])]
     rule = f"How it was decided: {tune_rule(found['tune'])}."
-    return "\n\n".join([head, *map(as_markdown, tables), rule, pictures, *predictions(), against_ddp()]) + "\n"
+    return "\n\n".join([head, *map(as_markdown, tables), rule, plots, *predictions(), against_ddp()]) + "\n"
 
 
 def predictions() -> list[str]:
-    """Those that were made, each with a link to what it assumes."""
-    folders = sorted(path.parent.relative_to(ROOT) for path in ROOT.glob("results/benchmark/*/prediction.png"))
+    """The predictions that exist, each with a link to its assumptions."""
+    folders = sorted(
+        f"{RESULTS}/benchmark/{path.parent.name}" for path in ROOT.glob("results/benchmark/*/prediction.png")
+    )
     return [
-        f"![Efficiency on more ranks, as predicted]({folder}/prediction.png)\n"
-        f"Efficiency on more ranks, as predicted; what is assumed for it is in [{folder}]({folder}/benchmark.md)."
+        f"![Predicted efficiency on more ranks]({folder}/prediction.png)\n"
+        f"Predicted efficiency on more ranks; its assumptions are in the [report]({folder}/benchmark.md)."
         for folder in folders
     ]
 
@@ -104,10 +109,10 @@ def predictions() -> list[str]:
 def against_ddp() -> str:
     head = [
         "reduction",
-        "virtual workers a rank",
-        "images/s over plain DDP's, N = 1",
+        "virtual workers per rank",
+        "images/s relative to plain DDP, N = 1",
         "the same, N = 2",
-        "weak-scaling efficiency over plain DDP's",
+        "weak-scaling efficiency relative to plain DDP's",
     ]
     comparisons = read("benchmark/ddp_comparison.json")["found"]
     cells = [
@@ -120,33 +125,36 @@ def against_ddp() -> str:
         ]
         for found in comparisons
     ]
-    lower = [found for found in comparisons if found["reduction"] == "fast" and found["ratio_of_efficiencies"] < 0.99]
-    why = (
-        " `fast` is below 0.99 since our step has one more all-reduce than plain DDP's, for the sums of loss, errors "
-        "and BatchNorm statistics; `reproducible` has it too, but needs half of the messages at N = 2."
-    )
     return (
-        "Beside a DistributedDataParallel loop written by hand, same model and micro-batches, windows interleaved "
-        f"(`benchmarks/ddp_comparison.py`):\n\n{as_markdown((head, cells))}\n\n"
-        "The last column is the N = 2 column over the N = 1 column (in brackets where 95 % of it lie, by bootstrap): "
-        "the ratio of the two programs' efficiencies, whose own values belong to the table above, since here windows "
-        "of four programs take turns on the same caches and slow one another down." + (why if lower else "")
+        "Against a hand-written DistributedDataParallel loop with the same model and micro-batches, in interleaved "
+        f"windows (`benchmarks/ddp_comparison.py`):\n\n{as_markdown((head, cells))}\n\n"
+        "The last column is the N = 2 column over the N = 1 column, with its 95 % bootstrap interval: the ratio of the "
+        "two programs' efficiencies. The efficiencies themselves are in the table above, since windows of four "
+        "programs that take turns on the same caches slow one another down. Our step has one small all-reduce more "
+        "than plain DDP's, for the sums of loss, errors and BatchNorm statistics."
     )
 
 
-BLOCKS = {"measured": measured, "benchmark": benchmark}
+def reproduce() -> str:
+    files = sorted((ROOT / "results/reproduce/cpu").glob("*.json"))
+    return (
+        readme_block([json.loads(file.read_text(encoding="utf-8")) for file in files], f"{RESULTS}/reproduce/cpu")
+        + "\n"
+    )
+
+
+BLOCKS = {"measured": measured, "benchmark": benchmark, "reproduce": reproduce}
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = written = path.read_text(encoding="utf-8")
+    text = written = PAGE.read_text(encoding="utf-8")
     for name, block in BLOCKS.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
         before, rest = written.split(begin)
         written = before + begin + block() + end + rest.split(end)[1]
     if "--check" in sys.argv:
         sys.exit(written != text)
-    path.write_text(written, encoding="utf-8")
+    PAGE.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the README shows is run: its training loop, its config, and the figures that it quotes."""
+"""The README and docs/results.md: the loop and the config run, links lead somewhere, tables match the files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,19 @@ def test_the_plan_of_the_readme_is_what_the_command_prints(capsys: Any) -> None:
     arguments = command.removeprefix("$ largebatch ").split()
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_lead_to_files() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+
+
+def test_the_tables_of_the_results_page_are_those_of_the_files() -> None:
+    check = [sys.executable, str(ROOT / "benchmarks/readme_figures.py"), "--check"]
+    done = subprocess.run(check, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0, "run python benchmarks/readme_figures.py"

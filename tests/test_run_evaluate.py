@@ -168,11 +168,11 @@ def test_other_data_are_refused_on_resume_and_in_evaluation(folder: Path) -> Non
 
 
 def test_what_a_run_folder_says_is_enough_to_use_the_weights_in_plain_torch(folder: Path) -> None:
-    """The lines that the README shows."""
+    """The lines that docs/runs.md shows."""
     command = ["train", folder / "config.yaml", "--run-dir", folder / "run", "model.name=resnet18"]
     assert call(*command).status == 0
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    code = "#" + readme.split("```python\n# predict:")[1].split("```")[0]
+    page = (Path(__file__).parents[1] / "docs/runs.md").read_text()
+    code = "#" + page.split("```python\n# predict:")[1].split("```")[0]
     scope: dict[str, Any] = {"run": str(folder / "run"), "image_file": str(folder / "set/val/dog/1.jpg")}
     exec(code, scope)
     assert scope["name"] in ("cat", "dog")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -108,9 +109,9 @@ def _read_result(path: Path, grid: Grid) -> dict[str, Any]:
 
 
 def _write_block(folder: Path, readme: Path) -> None:
-    """Replace the README's block by what the JSON files in `folder` hold that asks to be there."""
+    """Replace the block of the page `readme` by the results in `folder` that ask to be shown."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    block = readme_block(results, folder.as_posix())
+    block = readme_block(results, Path(os.path.relpath(folder, readme.parent)).as_posix())
     text = put_into(readme.read_text(encoding="utf-8"), block)
     if text is None:
         raise UserError(
