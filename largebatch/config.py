@@ -18,6 +18,7 @@ from largebatch.section import FREE_ON_RESUME, FreeOnResume, Section
 from largebatch.training.settings import (
     BatchNormSettings,
     CheckpointSettings,
+    EmaSettings,
     EvaluationSettings,
     ExecutionSettings,
     HealthSettings,
@@ -36,6 +37,7 @@ class Config(Section):
     schedule: ScheduleSettings = ScheduleSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EmaSettings = EmaSettings()
     batchnorm: BatchNormSettings = BatchNormSettings()
     execution: ExecutionSettings = ExecutionSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -52,6 +54,10 @@ class Config(Section):
             raise ValueError(
                 "data.augmentation.mixup_alpha and cutmix_alpha blend images of the same virtual worker, and "
                 "batch.images_per_worker 1 leaves it none to blend with; set it to 2 or more, or both of them to 0"
+            )
+        if "ema" in (self.checkpoint.keep_best or "") and self.ema.decay is None:
+            raise ValueError(
+                f"checkpoint.keep_best {self.checkpoint.keep_best} needs an average of the weights; set ema.decay"
             )
         if "lr_rule" not in self.schedule.model_fields_set and self.optimizer.adaptive:
             # The one default that follows another section: written out here, so that every reader sees the rule.

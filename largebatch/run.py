@@ -35,6 +35,7 @@ from largebatch.report.metrics import MetricsWriter, open_writers
 from largebatch.report.progress import open_progress
 from largebatch.resume import check_data, describe_resize, go_on
 from largebatch.runfolder import RunFolder
+from largebatch.training.averaging import WeightAverage
 from largebatch.training.checkpoint import CheckpointFolder, deserialise
 from largebatch.training.delays import Delays
 from largebatch.training.evaluation import evaluate
@@ -135,6 +136,7 @@ def _train_connected(
     notes: list[str] = []
     trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize, notes.append, restored=state is not None)
     trainer.stop_request, trainer.data = stop_request, seen
+    trainer.best = folder.best(config.checkpoint.keep_best)
     trainer.devices = sorted(set(ranks.gather(describe_device(ranks.device))))
     if state is not None:
         trainer.restore(state)
@@ -279,6 +281,7 @@ def make_trainer(
         logging=config.logging,
         checkpoints=checkpoints,
         resize=resize,
+        average=WeightAverage(model, config.ema) if config.ema.decay is not None else None,
         loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,
         loss=loss,
         mix=Mixing(how, classes=train_source.classes, seed=config.seed) if how.mixes else None,
@@ -306,15 +309,13 @@ def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]
 
     Raises HealthError, after that, if more than half of its updates were left out.
     """
-    with trainer.evaluation_statistics():
-        # A copy: the statistics that evaluation used are in the buffers here only.
-        weights = {
-            key: value.detach().to("cpu", copy=True).contiguous()
-            for key, value in trainer.virtual.model.state_dict().items()
-        }
-        digest = digest_of(trainer.virtual.model)
-    summary = trainer.summary() | {"weights_sha256": digest}
-    ranks.from_main(lambda: folder.write_end(weights, summary, warn=_warn))
+    weights, averages = trainer.evaluated_weights(), None
+    summary = trainer.summary() | {"weights_sha256": digest_of(weights)}
+    if trainer.average:
+        with trainer.average.in_place():
+            averages = trainer.evaluated_weights()
+        summary["ema_weights_sha256"] = digest_of(averages)
+    ranks.from_main(lambda: folder.write_end(weights, averages, summary, warn=_warn))
     if 2 * trainer.skipped_steps > trainer.step:
         raise HealthError(
             f"{trainer.skipped_steps} of {trainer.step} updates were left out, since they were not finite: this run "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import tempfile
@@ -20,10 +19,11 @@ from largebatch.data.source import ImageSource
 from largebatch.errors import CheckpointError, ConfigError, DataError, UserError
 from largebatch.plan import Plan
 from largebatch.report.environment import describe_environment
-from largebatch.report.files import write_bytes_atomically, write_json_atomically, write_text_atomically
+from largebatch.report.files import write_json_atomically, write_text_atomically
 from largebatch.report.lock import hold_folder
 from largebatch.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER, clear_tensorboard
 from largebatch.report.plots import CURVES_FILE, draw_curves
+from largebatch.training.best import BestWeights, write_weights
 from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
 from largebatch.wording import printable
 
@@ -35,16 +35,21 @@ _LONGER = (
 
 class RunFolder:
     """Names others rely on: `config.yaml`, `plan.json`, `environment.json`, `inference.json`, `metrics.jsonl`,
-    `tensorboard/`, `checkpoints/`, `summary.json`, `curves.png` and `model.pt`."""
+    `tensorboard/`, `checkpoints/`, `summary.json`, `curves.png`, `model.pt`, `model_ema.pt` and `model_best.pt`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._config, self._model = path / "config.yaml", path / "model.pt"
         self._summary, self._inference = path / "summary.json", path / "inference.json"
+        self._average, self._best = path / "model_ema.pt", path / "model_best.pt"
         self._checkpoints = path / "checkpoints"
 
     def checkpoints(self, *, keep: int = 1) -> CheckpointFolder:
         return CheckpointFolder(self._checkpoints, keep=keep)
+
+    def best(self, metric: str | None) -> BestWeights | None:
+        """What keeps the best weights by `metric`, if any."""
+        return BestWeights(self._best, metric) if metric is not None else None
 
     @property
     def has_checkpoints(self) -> bool:
@@ -103,7 +108,7 @@ class RunFolder:
         """Delete the files of an earlier run, and nothing else (config.yaml may be the user's own)."""
         for name in ("plan.json", "environment.json", METRICS_FILE, CURVES_FILE):
             (self.path / name).unlink(missing_ok=True)
-        for path in (self._summary, self._model, self._inference):
+        for path in (self._summary, self._model, self._average, self._best, self._inference):
             path.unlink(missing_ok=True)
         self.checkpoints().clear()
         clear_tensorboard(self.path / TENSORBOARD_FOLDER)
@@ -167,12 +172,18 @@ class RunFolder:
             return False
 
     def write_end(
-        self, weights: dict[str, torch.Tensor], summary: dict[str, Any], *, warn: Callable[[str], None]
+        self,
+        weights: dict[str, torch.Tensor],
+        averages: dict[str, torch.Tensor] | None,
+        summary: dict[str, Any],
+        *,
+        warn: Callable[[str], None],
     ) -> None:
+        """What is known after the last step; `averages` of the weights, if there are any."""
         with self.writing():
-            buffer = io.BytesIO()  # torch's own writer has its own errors for a disk that is full
-            torch.save(weights, buffer)
-            write_bytes_atomically(self._model, buffer.getvalue())
+            if averages is not None:
+                write_weights(self._average, averages)
+            write_weights(self._model, weights)
             draw_curves(self.path, warn)
             write_json_atomically(self._summary, summary)
 
@@ -189,17 +200,29 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
-    def load_weights(self, model: nn.Module, device: torch.device, *, warn: Callable[[str], None]) -> None:
-        """Load `model.pt`, or else the newest checkpoint. Raises DataError if they are not of this model."""
-        if os.path.isfile(self._model):
-            with self._model.open("rb") as file:
-                name, weights = str(self._model), load_tensors(file, device, name=str(self._model))
+    def load_weights(
+        self, model: nn.Module, device: torch.device, *, which: str = "model", warn: Callable[[str], None]
+    ) -> None:
+        """Load `model.pt`, or with `which` "ema" or "best" the average or the best weights, into `model`; of a run that
+        is not finished, what its newest checkpoint holds. Raises DataError if they are not of this model, and UserError
+        if the run has none of that kind."""
+        path = {"model": self._model, "ema": self._average, "best": self._best}[which]
+        if os.path.isfile(path):
+            with path.open("rb") as file:
+                name, weights = str(path), load_tensors(file, device, name=str(path))
+        elif which == "best" or os.path.isfile(self._model):
+            key = "checkpoint.keep_best" if which == "best" else "ema.decay"
+            raise UserError(f"{path}: no such file; the run keeps none without {key}, or before its first evaluation")
         else:
             data = self.checkpoints().newest(warn)
             if data is None:
                 raise DataError(f"{self._checkpoints}: no whole checkpoint to evaluate")
             state = deserialise(data, device)
             name, weights = f"the checkpoint of step {state.step}", state.model
+            if which == "ema":
+                if not state.ema:
+                    raise UserError(f"{self.path}: this run keeps no average of its weights (ema.decay)")
+                weights = weights | state.ema
             warn(f"the run is not finished: this is {name}")
         try:
             model.load_state_dict(weights)

@@ -92,9 +92,9 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("step_*.json"))
 
 
-def tensor_hashes(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of every tensor in model.pt."""
-    weights = torch.load(run_dir / "model.pt", weights_only=True)
+def tensor_hashes(run_dir: Path, name: str = "model.pt") -> dict[str, str]:
+    """SHA-256 of every tensor in a file of weights."""
+    weights = torch.load(run_dir / name, weights_only=True)
     return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in weights.items()}
 
 

@@ -261,11 +261,13 @@ def state() -> TrainState:
         resize=None,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
+        ema={"weight": torch.ones(3, 2)},
         loss_scale={},
         reduction={"bound": torch.tensor([0.5, 2.0]), "steps": 12},
         interval={"sums": {"loss": torch.tensor(1.5), "wrong": torch.tensor(3.0)}, "steps": 2},
         recent_top1_errors=[12.5],
         last_validation={"val/loss": 0.25},
+        best={"metric": "val/loss", "value": 0.25, "step": 6, "weights_sha256": "ef"},
         seconds=1.0,
         train_seconds=0.5,
     )

@@ -4,7 +4,8 @@ A record is a flat dict with ``step`` (the number of updates done when it was wr
 ``train/loss, train/top1_error, lr, global_batch, images_per_second, data_wait, compute, slowest_rank, slowdown,
 deal/rank_R`` (virtual workers of rank R from here on, where the deal changes), ``skipped_steps, overflowed_steps,
 skipped_images, gradient_noise_scale (images), gradient_noise, gradient_squared_norm, val/loss, val/top1_error,
-val/top5_error, val/skipped_images, weights_sha256``.
+val/top5_error, val/skipped_images, weights_sha256``, and with an average of the weights
+``val/ema_loss, val/ema_top1_error, val/ema_top5_error, ema_weights_sha256``.
 ``metrics.jsonl`` is the truth: after a stop it is cut back to the checkpoint, and ``tensorboard/`` is rebuilt
 from what is left.
 """
@@ -23,7 +24,7 @@ from largebatch.report.files import write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-_NOT_A_SCALAR = ("step", "time", "weights_sha256")
+_NOT_A_SCALAR = ("step", "time")
 _OWN_EVENTS = ".largebatch"  # ends the names of our event files
 
 
@@ -143,6 +144,6 @@ def _rebuild_tensorboard(folder: Path, records: list[dict[str, Any]]) -> Any:
 
 def _add_scalars(writer: Any, record: dict[str, Any]) -> None:
     for key, value in record.items():
-        if key not in _NOT_A_SCALAR:
+        if key not in _NOT_A_SCALAR and not isinstance(value, str):
             scalar = math.nan if value is None else value
             writer.add_scalar(key, scalar, global_step=record["step"], walltime=record["time"])

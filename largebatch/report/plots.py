@@ -16,7 +16,8 @@ from largebatch.report.metrics import METRICS_FILE, read_metrics
 
 CURVES_FILE = "curves.png"
 _FEW_POINTS = 40  # up to here each point is marked, since a line of one point shows nothing
-_COLOURS = {"train": "#4c78a8", "val": "#e45756", "lr": "#54a24b"}
+_COLOURS = {"train": "#4c78a8", "val": "#e45756", "ema": "#b279a2", "lr": "#54a24b"}
+_EMA = "validation, averaged weights"
 _CAPTION = "training: means since the point before, in training mode, augmented; validation: all images"
 Points = list[tuple[float, float]]
 
@@ -31,8 +32,8 @@ def _curves(run_dir: Path) -> Any:
     if not records:
         raise DataError(f"{run_dir / METRICS_FILE}: no metric records yet; train some steps first")
     figure, (loss, error, lr) = panels(3, 1, size=(8, 3), sharex=True)
-    _plot(loss, records, {"train/loss": "training", "val/loss": "validation"})
-    _plot(error, records, {"train/top1_error": "training", "val/top1_error": "validation"})
+    _plot(loss, records, {"train/loss": "training", "val/loss": "validation", "val/ema_loss": _EMA})
+    _plot(error, records, {"train/top1_error": "training", "val/top1_error": "validation", "val/ema_top1_error": _EMA})
     _plot(lr, records, {"lr": "learning rate"}, jumps=_jumps(run_dir))
     loss.set_ylabel("loss (nats per image)")
     error.set_ylabel("top-1 error (%)")
@@ -50,7 +51,7 @@ def _plot(axes: Any, records: list[dict[str, Any]], names: dict[str, str], jumps
         points = [(record["epoch"], _number(record[key])) for record in records if key in record]
         if not points:
             continue
-        group = key.split("/")[0]
+        group = "ema" if name == _EMA else key.split("/")[0]
         marker = "o" if len(points) <= _FEW_POINTS else None
         line = zip(*with_jumps(points, jumps or []), strict=True)
         axes.plot(*line, label=name, color=_COLOURS[group])

@@ -17,7 +17,7 @@ import torch
 from largebatch.errors import DataError
 from largebatch.report.files import write_json_atomically
 
-FORMAT = 4
+FORMAT = 5
 _NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
 
 
@@ -46,6 +46,8 @@ class TrainState:
     """The newest change of the minibatch, if any (`largebatch.recipe.resize.Resize`)."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    ema: dict[str, Any]
+    """The average of the weights by name; empty without one."""
     loss_scale: dict[str, Any]
     """Of fp16; empty otherwise."""
     reduction: dict[str, Any]
@@ -56,6 +58,8 @@ class TrainState:
     """Validation errors of the last epochs, newest last."""
     last_validation: dict[str, float]
     """Metrics of the newest evaluation."""
+    best: dict[str, Any]
+    """What `checkpoint.keep_best` keeps (`largebatch.training.best`); empty without it."""
     seconds: float
     """Time so far, over all restarts."""
     train_seconds: float

@@ -16,14 +16,18 @@ from largebatch.errors import HealthError
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step: int) -> None:
+def check_replicas(
+    model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step: int, average: dict[str, Tensor] | None = None
+) -> None:
     """Raise HealthError, naming the odd rank and its first odd tensor, unless all ranks hold the same bits.
 
     Called on all ranks at the same step; waits for the device. With two ranks nobody can say which is right.
+    `average` is that of the weights.
     """
     if ranks.world_size == 1:
         return
     tensors = dict(named_tensors(model, optimizer))
+    tensors |= {f"the average of {name}": value for name, value in (average or {}).items()}
     sums = ranks.gather(torch.stack([checksum(t) for t in tensors.values()]).tolist())
     (majority, votes), *_ = Counter(map(tuple, sums)).most_common()
     odd = [rank for rank, own in enumerate(sums) if tuple(own) != majority]
@@ -41,10 +45,10 @@ def check_replicas(model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step
     )
 
 
-def digest_of(model: nn.Module) -> str:
-    """SHA-256 (hex) of the model's weights and buffers, which is that of the same tensors in its `model.pt`."""
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of a `state_dict`'s names and tensors, which is the same for a model and its `model.pt`."""
     hashed = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         hashed.update(name.encode())
         hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()

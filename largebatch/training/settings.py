@@ -102,6 +102,15 @@ class OptimizerSettings(Section):
         return self.kind in ("adamw", "lamb")
 
 
+class EmaSettings(Section):
+    """An exponential moving average of the weights, evaluated and exported beside those that are trained."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Weight of the old average at each update (0.9999 is usual with some 100,000 updates); null for no average."""
+    warmup: bool = True
+    """Begin with less: at update t at most 1 - t^(-2/3), as timm's `--model-ema-warmup`."""
+
+
 class BatchNormSettings(Section):
     """BatchNorm's running statistics and what evaluation uses."""
 
@@ -203,6 +212,9 @@ class CheckpointSettings(Section):
     """What to do when a checkpoint cannot be written (disk full): stop, or warn and go on."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept; with 2, a damaged one falls back to the one before."""
+    keep_best: Literal["val/top1_error", "val/loss", "val/ema_top1_error", "val/ema_loss"] | None = None
+    """Also keep, in model_best.pt, the weights of the evaluation with the lowest value of this metric: those that are
+    trained, or with `val/ema_…` their average."""
 
 
 class HealthSettings(Section):

@@ -25,6 +25,8 @@ from largebatch.recipe.resize import Resize
 from largebatch.recipe.schedule import Schedule
 from largebatch.report.metrics import MetricsWriter
 from largebatch.report.progress import Progress
+from largebatch.training.averaging import WeightAverage
+from largebatch.training.best import BestWeights, weights_of
 from largebatch.training.checkpoint import CheckpointFolder, TrainState
 from largebatch.training.dealing import Dealer
 from largebatch.training.evaluation import evaluate
@@ -91,6 +93,10 @@ class Trainer:
     """Updates left out so far, since they were not finite or not exact."""
     skipped_images: int = 0
     """Training images that another stood in for, before this process started."""
+    average: WeightAverage | None = None
+    """Of the weights, over the updates (`ema.decay`)."""
+    best: BestWeights | None = None
+    """Where the weights of the best evaluation are kept (`checkpoint.keep_best`)."""
     resize: Resize | None = None
     """The newest change of the minibatch (`batch.on_resize: rescale`), which `order` and `schedule` follow."""
     loss_factor: float = 1.0
@@ -143,11 +149,13 @@ class Trainer:
             resize=asdict(self.resize) if self.resize else None,
             model=self.virtual.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
+            ema=self.average.state_dict() if self.average else {},
             loss_scale=self.loss_scale.state_dict(),
             reduction=self.virtual.reduction.state_dict(),
             interval=self._interval.state_dict(),
             recent_top1_errors=self.recent_top1_errors,
             last_validation=self.last_validation,
+            best=self.best.state if self.best else {},
             seconds=self.seconds,
             train_seconds=self.train_seconds,
         )
@@ -158,9 +166,13 @@ class Trainer:
             self.virtual.model.load_state_dict(state.model)
             restore_optimizer(self.optimizer, state.optimizer)
             self.virtual.reduction.load_state_dict(state.reduction)
+            if self.average:
+                self.average.load_state_dict(state.ema)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this run's model, whose code has changed: {error}") from error
         self.loss_scale.load_state_dict(state.loss_scale)
+        if self.best and self.ranks.is_main:
+            self.best.restore(state.best)
         if self.resize is None or self.resize.step != state.step:
             self._interval = Interval(**state.interval)  # else its steps had another minibatch
         self.step, self.skipped_steps = state.step, state.skipped_steps
@@ -231,6 +243,8 @@ class Trainer:
         self._passes += len(result.passes_not_finite)
         facts = self._facts.read(self.step, result)
         self.step += 1
+        if self.average:
+            self.average.update(self.step)
         self._check_finite(facts)
         return facts
 
@@ -350,7 +364,7 @@ class Trainer:
         """What all ranks do together where it is due: compare replicas, save, stop."""
         every = self.health.replica_check_every_steps
         if every and (saves or self.step % every == 0):
-            check_replicas(self.virtual.model, self.optimizer, self.ranks, step=self.step)
+            self._check_replicas()
         if facts.failed:
             self._check_saved(progress)
         if saves:
@@ -387,7 +401,10 @@ class Trainer:
 
     def _check_saved(self, progress: Progress) -> None:
         """On all ranks: raise CheckpointError, or warn, if rank 0 could not write a checkpoint or the metrics."""
-        errors = {"a checkpoint": self._saver.take_error(), "a record of the metrics": self._write_error}
+        errors = {
+            "a checkpoint": self._saver.take_error(),
+            "a record of the metrics, or the best weights,": self._write_error,
+        }
         self._write_error = None
         for what, error in self.ranks.broadcast(errors).items():
             if error is None:
@@ -400,11 +417,15 @@ class Trainer:
                 )
             progress.note(f"warning: {seen}")
 
+    def _check_replicas(self) -> None:
+        average = self.average.state_dict() if self.average else {}
+        check_replicas(self.virtual.model, self.optimizer, self.ranks, step=self.step, average=average)
+
     def _check_finite(self, facts: StepFacts) -> None:
         if not facts.not_finite or self.health.on_not_finite == "skip":
             return
         # A device that computes wrong is the cause sooner than the recipe.
-        check_replicas(self.virtual.model, self.optimizer, self.ranks, step=self.step)
+        self._check_replicas()
         dealt = self.dealer.at(facts.step).workers_of(self.ranks.rank)
         own = [w for w, bad in zip(dealt, facts.passes_not_finite, strict=True) if bad]
         everyone = self.ranks.gather([worker for workers in own for worker in workers])
@@ -417,8 +438,19 @@ class Trainer:
         )
 
     def _evaluate(self) -> dict[str, Any]:
+        """Metrics and digest of the weights, and of their average if there is one."""
+        found = self._evaluate_weights()
+        if self.average:
+            with self.average.in_place():
+                found |= self._evaluate_weights("ema_")
+        self.last_validation = {key: value for key, value in found.items() if key.startswith("val/")}
+        self.recent_top1_errors = [*self.recent_top1_errors, found["val/top1_error"]][-5:]
+        return {key: value for key, value in found.items() if key != "val/images"}
+
+    def _evaluate_weights(self, prefix: str = "") -> dict[str, Any]:
+        """Of the weights that the model holds now, all names with `prefix`; kept if they are the best."""
         with self.evaluation_statistics():
-            self.last_validation = evaluate(
+            found: dict[str, Any] = evaluate(
                 self.virtual.model,
                 self.validation,
                 self.ranks,
@@ -426,10 +458,14 @@ class Trainer:
                 autocast=self.autocast,
                 memory_format=self.memory_format,
             )
-            digest = digest_of(self.virtual.model)
-        self.recent_top1_errors = [*self.recent_top1_errors, self.last_validation["val/top1_error"]][-5:]
-        shown = {key: value for key, value in self.last_validation.items() if key != "val/images"}
-        return shown | {"weights_sha256": digest}
+            if prefix:
+                found = {key.replace("/", f"/{prefix}"): v for key, v in found.items() if not key.endswith("images")}
+            if self.best and self.ranks.is_main:
+                try:
+                    self.best.offer(found, self.virtual.model, step=self.step)
+                except OSError as error:
+                    self._write_error = error
+            return found | {f"{prefix}weights_sha256": digest_of(self.virtual.model.state_dict())}
 
     @contextlib.contextmanager
     def evaluation_statistics(self) -> Iterator[None]:
@@ -451,6 +487,11 @@ class Trainer:
         yield
         batchnorm.write(running)
 
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """A copy of the weights that the model holds, with the statistics that evaluation uses."""
+        with self.evaluation_statistics():
+            return weights_of(self.virtual.model)
+
     def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished run."""
         images = self.order.images_consumed(self.step)
@@ -459,6 +500,8 @@ class Trainer:
         return {
             "top1_error": self.last_validation["val/top1_error"],
             "top1_error_median_last5": statistics.median(self.recent_top1_errors),
+            **({"ema_top1_error": self.last_validation["val/ema_top1_error"]} if self.average else {}),
+            **({"best": self.best.state} if self.best else {}),
             "val_images": int(self.last_validation["val/images"]),
             "steps": self.step,
             "seconds": self.seconds,
