@@ -59,6 +59,12 @@ class Config(Section):
             raise ValueError(
                 f"checkpoint.keep_best {self.checkpoint.keep_best} needs an average of the weights; set ema.decay"
             )
+        if self.data.augmentation.repeats > 1 and self.batch.shuffle != "once":
+            raise ValueError(
+                f"data.augmentation.repeats {self.data.augmentation.repeats} deals copies of an image to different "
+                f"virtual workers, which batch.shuffle {self.batch.shuffle} does not allow; set repeats to 1 or "
+                "shuffle to once"
+            )
         if "lr_rule" not in self.schedule.model_fields_set and self.optimizer.adaptive:
             # The one default that follows another section: written out here, so that every reader sees the rule.
             object.__setattr__(self, "schedule", self.schedule.model_copy(update={"lr_rule": "sqrt"}))

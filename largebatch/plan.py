@@ -44,6 +44,8 @@ class Plan:
     val_images: int
     steps_per_epoch: int
     dropped_images: int
+    repeats: int
+    """Times that an image comes in an epoch, if it is not dropped (repeated augmentation)."""
     total_steps: int
     reference_lr: float
     reference_batch: int
@@ -99,6 +101,7 @@ def make_plan(
         val_images=val_images,
         steps_per_epoch=order.steps_per_epoch,
         dropped_images=order.dropped_images,
+        repeats=order.repeats,
         total_steps=schedule.total_steps,
         reference_lr=config.schedule.reference_lr,
         reference_batch=config.schedule.reference_batch,
@@ -124,9 +127,10 @@ def make_plan(
 def make_order(config: Config, train_images: int, resize: Resize | None = None) -> EpochOrder:
     """The order of the training images. Raises ConfigError if a minibatch is larger than the set."""
     k, n, shuffle = config.batch.virtual_workers, config.batch.images_per_worker, config.batch.shuffle
+    repeats = config.data.augmentation.repeats
     if resize is not None:
-        return ResizedOrder(train_images, k, n, config.seed, resize=resize)
-    return EpochOrder(train_images, k, n, config.seed, shuffle=shuffle)
+        return ResizedOrder(train_images, k, n, config.seed, repeats=repeats, resize=resize)
+    return EpochOrder(train_images, k, n, config.seed, shuffle=shuffle, repeats=repeats)
 
 
 def run_schedule(config: Config, order: EpochOrder, resize: Resize | None = None) -> Schedule:
@@ -323,7 +327,11 @@ def describe(plan: Plan) -> str:
             f"{plan.world_size}, each running {_each(plan.workers_on_rank)} virtual workers "
             f"({_each(plan.images_on_rank)} images) a step",
         ),
-        ("training images", f"{plan.train_images}, of which each epoch drops {plan.dropped_images}"),
+        (
+            "training images",
+            f"{plan.train_images}, of which each epoch drops {plan.dropped_images}"
+            + (f" and shows the others {plan.repeats} times" if plan.repeats > 1 else ""),
+        ),
         ("steps", f"{plan.total_steps}, {plan.steps_per_epoch} an epoch"),
         ("peak learning rate", f"{plan.peak_lr:g} = {plan.lr_explanation}"),
         ("warmup", warmup),

@@ -80,6 +80,10 @@ def test_pixels_do_not_depend_on_processes_or_passes(folder, how):
     [(later, _), (other, _)] = read_all(alone, [(4, range(12)), (3, range(12))])
     assert not torch.equal(later, whole)
     assert torch.equal(other, whole)
+    [(copies, labels)] = read_all(helped, [(3, [7, 7 + 12])])  # of image 7, as `EpochOrder` numbers them
+    assert torch.equal(copies[0], whole[7])
+    assert not torch.equal(copies[1], whole[7])
+    assert labels.tolist() == [1, 1]
 
 
 def test_augmentation_none_is_the_validation_view(folder):

@@ -81,12 +81,21 @@ def test_nothing_is_made_where_nothing_is_asked_for() -> None:
 def test_a_set_in_memory_is_varied_in_training_only() -> None:
     images, how = make_images(3).permute(0, 3, 1, 2), Augmentation(auto_augment="trivialaugment")
     operations = make_operations(how, mean=[0.5] * 3, seed=SEED)
-    source = MemorySource(
-        images, torch.arange(6), classes=6, mean=[0.5] * 3, std=[0.5] * 3, operations=operations, seed=SEED
-    )
+    like = {"classes": 6, "mean": [0.5] * 3, "std": [0.5] * 3, "seed": SEED}
+    source = MemorySource(images, torch.arange(6), **like, operations=operations)
     plain, _ = source.batch(0, np.arange(6), augment=False)
     first, again = (source.batch(0, np.arange(6))[0] for _ in range(2))
     assert torch.equal(first, again)
     expected = varied(images.permute(0, 2, 3, 1), np.arange(6), 0, auto_augment="trivialaugment")
     torch.testing.assert_close(first, (expected.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
     torch.testing.assert_close(plain, (images / 255 - 0.5) / 0.5)
+
+
+def test_copies_of_an_image_differ_and_the_first_is_as_without_repeats() -> None:
+    images, like = make_images(3).permute(0, 3, 1, 2), {"classes": 6, "mean": [0.5] * 3, "std": [0.5] * 3, "padding": 4}
+    once, thrice = (MemorySource(images, torch.arange(6), **like, repeats=r) for r in (1, 3))
+    pixels, labels = thrice.batch(2, np.arange(18))
+    assert labels.tolist() == [*range(6)] * 3
+    assert torch.equal(pixels[:6], once.batch(2, np.arange(6))[0])
+    assert not torch.equal(pixels[:6], pixels[6:12])
+    assert not torch.equal(pixels[6:12], pixels[12:])

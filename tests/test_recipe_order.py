@@ -109,3 +109,19 @@ def test_evaluation_takes_every_image_once() -> None:
         batches = evaluation_batches(images, 10)
         assert [i for batch in batches for i in batch] == list(range(images))
         assert all(len(batch) == 10 for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("images", [48, 103])
+def test_repeats_are_dealt_as_timms_sampler_deals_them_to_as_many_ranks(images: int) -> None:
+    sampler = pytest.importorskip("timm.data.distributed_sampler").RepeatAugSampler
+    order = EpochOrder(images, K, N, seed=5, repeats=3)
+    for epoch in range(2):
+        perm = permutation(images, 5, epoch, 0)
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        for worker in range(K):
+            ours = np.concatenate([order.indices(step, range(worker, worker + 1)) for step in steps])
+            theirs = perm[list(sampler(range(images), K, worker, shuffle=False, num_repeats=3, selected_round=0))]
+            assert (ours % images).tolist() == theirs[: len(ours)].tolist()
+        seen = np.concatenate([order.indices(step, range(K)) for step in steps])
+        assert len(set(seen.tolist())) == len(seen), "a copy comes once"
+        assert order.dropped_images == images - len(set((seen % images).tolist()))

@@ -22,6 +22,11 @@ SWITCHES = {
         "data.augmentation.mixup_alpha=0.2",
         "execution.precision=fp16",
     ],
+    "mixup, cutmix, randaugment, random erasing, repeats, two workers in a pass": [
+        "data.augmentation={mixup_alpha: 0.4, cutmix_alpha: 1.0, mixup_prob: 0.9, repeats: 3}",
+        "data.augmentation={auto_augment: randaugment, random_erasing: 0.5}",
+        "execution.workers_per_pass=2",
+    ],
 }
 
 

@@ -186,7 +186,7 @@ class Decoder:
         draws = image_draws(requested.indices, CROP_DRAWS, seed=self._seed, epoch=requested.epoch).tolist()
         row = 0
         for draw, index in zip(draws, requested.indices.tolist(), strict=True):
-            if (good := self._good_view(index, draw, skipped)) is not None:
+            if (good := self._good_view(index % len(self._pictures), draw, skipped)) is not None:
                 images[row], labels[row] = good
                 row += 1
         if self._operations is not None:

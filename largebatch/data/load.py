@@ -79,7 +79,9 @@ def _in_memory(
         )
 
     operations = make_operations(how, mean=mean, seed=seed)
-    varied = source(train, settings.train_images, padding=padding, flip=flip, operations=operations, seed=seed)
+    varied = source(
+        train, settings.train_images, padding=padding, flip=flip, operations=operations, repeats=how.repeats, seed=seed
+    )
     return varied, source(val, settings.val_images)
 
 

@@ -19,7 +19,8 @@ class MemorySource:
 
     images: uint8 [M, C, H, W]; labels: integers [M]; mean, std: per channel in [0, 1]. An augmented image is
     padded with `padding` zeros on each side, cut at a random place and, with `flip`, mirrored half of the
-    times, then varied by `operations`; its draws depend on (seed, epoch, index) alone.
+    times, then varied by `operations`; its draws depend on (seed, epoch, index) alone, where the indices of its
+    `repeats` copies are those of `EpochOrder`.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class MemorySource:
         padding: int = 0,
         flip: bool = False,
         operations: Operations | None = None,
+        repeats: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -47,7 +49,7 @@ class MemorySource:
         self.skipped, self.leaves_out = 0, False
         self.labels = labels.to(device, torch.int64)
         self._padding, self._flip, self._seed = padding, flip, seed
-        self._operations = operations
+        self._operations, self._repeats = operations, repeats
         self._normalise = Normalise(mean, std, self.shape, device)
         self._windows = _windows(images.to(device), padding)
         self._epoch: int | None = None
@@ -73,7 +75,8 @@ class MemorySource:
             images = self._windows[chosen, self._padding, self._padding]
             return self._normalise(images), self.labels[chosen]
         top, left, mirror = self._draws(epoch)
-        images = self._windows[chosen, top[chosen], left[chosen]]
+        shown = chosen % self.images if self._repeats > 1 else chosen
+        images = self._windows[shown, top[chosen], left[chosen]]
         if self._flip:
             # a ^ ((a ^ b) & mask) chooses between a and b as `where` does, at a third of its time for bytes.
             mask = mirror[chosen][:, None, None, None]
@@ -82,12 +85,12 @@ class MemorySource:
             images = images.cpu()
             self._operations(images, epoch, indices)
             images = images.to(self.labels.device)
-        return self._normalise(images), self.labels[chosen]
+        return self._normalise(images), self.labels[shown]
 
     def _draws(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Top, left (int64 [M]) and mirror (uint8 [M], 255 or 0) of every image, drawn once an epoch."""
+        """Top, left (int64 [M]) and mirror (uint8 [M], 255 or 0) of every copy of an image, drawn once an epoch."""
         if epoch != self._epoch:
-            draws = image_draws(np.arange(self.images), 3, seed=self._seed, epoch=epoch)
+            draws = image_draws(np.arange(self.images * self._repeats), 3, seed=self._seed, epoch=epoch)
             corner = (draws[:, :2] * (2 * self._padding + 1)).astype(np.int64)
             mirror = np.where(draws[:, 2] < 0.5, 255, 0).astype(np.uint8)
             top, left = torch.from_numpy(corner.T.copy()).to(self.labels.device)

@@ -54,6 +54,10 @@ class Augmentation(Section):
     random_erasing: float = Field(default=0.0, ge=0, le=1)
     """Probability that a box of the image is filled with the set's mean colour."""
 
+    repeats: int = Field(default=1, ge=1, le=100)
+    """Repeated augmentation: an image comes so many times in a step, varied anew for each virtual worker that gets a
+    copy; an epoch has as many steps as before, and shows so many times fewer images."""
+
     mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
     """mixup: each virtual worker blends its images with one another, by a share drawn from Beta(alpha, alpha) anew in
     each step; 0 for none."""

@@ -13,7 +13,7 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class Pass(NamedTuple):
-    """The images that go through the model together: int64 indices into the set."""
+    """The images that go through the model together: int64 indices into the set, or of copies (see `EpochOrder`)."""
 
     epoch: int
     indices: np.ndarray

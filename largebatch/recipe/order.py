@@ -27,6 +27,9 @@ class EpochOrder:
     """The order of a whole training: a function of the recipe, the seed and the step, never of N.
 
     Step t of an epoch takes images ``perm[t*kn : (t+1)*kn]``, as k rows of n; the tail is dropped.
+    With `repeats` each image of perm comes so many times in a row, and the minibatch is dealt like cards, so that its
+    copies go to different workers (repeated augmentation: Hoffer et al. 2020, as DeiT's and timm's samplers do it).
+    Copy c of image i has the index ``i + c * images``: a source shows image i, by other draws for each copy.
     Raises ConfigError if there are fewer than kn images.
     """
 
@@ -37,6 +40,7 @@ class EpochOrder:
     shuffle: str = "once"
     """``once``: one shuffle divided among the workers; ``per_worker``: each worker shuffles all the images by
     itself, which is remark 4 done wrong (an image may come k times in an epoch, or never)."""
+    repeats: int = 1
     _cache: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +62,7 @@ class EpochOrder:
     @property
     def dropped_images(self) -> int:
         """Images that one epoch leaves out (others every epoch)."""
-        return self.images - self.steps_per_epoch * self.global_batch
+        return self.images - -(-self.steps_per_epoch * self.global_batch // self.repeats)
 
     def recipe_step(self, step: int) -> int:
         """`step` counted by the recipe: the same, unless the run has changed its minibatch (`ResizedOrder`)."""
@@ -79,6 +83,10 @@ class EpochOrder:
         if self.shuffle == "per_worker":
             first = start // self.virtual_workers
             return np.concatenate([self._shuffled(epoch, w)[first : first + n] for w in workers])
+        if self.repeats > 1:
+            dealt = np.arange(start, start + self.global_batch).reshape(n, self.virtual_workers).T[list(workers)]
+            place, copy = np.divmod(dealt.reshape(-1), self.repeats)
+            return self._shuffled(epoch, 0)[place] + copy * self.images
         return self._shuffled(epoch, 0)[start + workers.start * n : start + workers.stop * n]
 
     def images_consumed(self, step: int) -> int:
