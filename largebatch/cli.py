@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from largebatch.arguments import ConfigFile, Overrides, folder_name
 from largebatch.errors import (
     EXIT_OK,
     EXIT_USER_INPUT,
@@ -25,6 +26,7 @@ from largebatch.errors import (
     RanksLost,
     UserError,
 )
+from largebatch.use.commands import evaluate, export, predict
 
 app = typer.Typer(
     name="largebatch",
@@ -59,28 +61,12 @@ app.add_typer(data_app, name="data")
 app.add_typer(reproduce_app, name="reproduce")
 
 
-def _folder(text: str) -> Path:
-    """A folder that an option names; a shell variable that is not set must not mean the current one."""
-    if not text:
-        raise typer.BadParameter("'' names no folder; give one ('.' for the current one)")
-    return Path(os.path.expanduser(text))
-
-
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a name of `config list`.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[section.key=value]...", help="Values that replace the config's.", show_default=False),
-]
-
-
 @app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option(parser=_folder, help="The run folder.  [default: runs/<config name>]")
+        Path | None, typer.Option(parser=folder_name, help="The run folder.  [default: runs/<config name>]")
     ] = None,
     resume: Annotated[
         str, typer.Option(metavar="auto|never", help="Go on from what the run folder holds, or start anew.")
@@ -114,19 +100,8 @@ def _left_out(summary: dict[str, Any]) -> str:
     return f"; {skipped} updates were left out" if skipped else ""
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
-    overrides: Overrides = None,
-) -> None:
-    """Evaluate a run's model.pt, or its newest checkpoint, on all validation images: exact on any number of ranks."""
-    from largebatch.distributed.environment import read_launch
-    from largebatch.run import evaluate_run
-
-    launch = read_launch()
-    result = evaluate_run(run, overrides or [], launch)
-    if launch.rank == 0:
-        print(json.dumps(result))
+for _command in (evaluate, predict, export):
+    app.command()(_command)
 
 
 @app.command()
@@ -139,7 +114,10 @@ def plan(
     run: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="RUN", parser=_folder, help="Plan a run folder's config, and tell its useful minibatch."
+            "--from",
+            metavar="RUN",
+            parser=folder_name,
+            help="Plan a run folder's config, and its useful minibatch.",
         ),
     ] = None,
     speeds: Annotated[
@@ -222,7 +200,7 @@ def benchmark(
         int | None, typer.Option(min=1, help="Ranks on a predicted node.  [default: as measured]")
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(parser=_folder, help="Results.  [default: runs/benchmark_<config name>]")
+        Path | None, typer.Option(parser=folder_name, help="Results.  [default: runs/benchmark_<config name>]")
     ] = None,
 ) -> None:
     """Measure how training scales over 1 to N ranks, where its step goes, and what more ranks would give."""
@@ -263,7 +241,7 @@ def verify(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="How many first steps to compare.")] = 8,
     run_dir: Annotated[
-        Path | None, typer.Option(parser=_folder, help="For verify.json.  [default: runs/verify_<config name>]")
+        Path | None, typer.Option(parser=folder_name, help="For verify.json.  [default: runs/verify_<config name>]")
     ] = None,
 ) -> None:
     """Show that a config's first steps give the same bits on 1, 2, ... N ranks and for any deal of its workers.
@@ -285,7 +263,7 @@ def doctor(
         typer.Argument(metavar="[CONFIG]", help="Also try what this YAML config needs.", show_default=False),
     ] = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path, typer.Option(parser=_folder, help="Where run folders will be.")] = Path("runs"),
+    run_dir: Annotated[Path, typer.Option(parser=folder_name, help="Where run folders will be.")] = Path("runs"),
     ranks: Annotated[int | None, typer.Option(help="Ranks on this machine.  [default: its GPUs]", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> int:
@@ -352,7 +330,7 @@ def data_fetch(
 @data_app.command("pack")
 def data_pack(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of train/CLASS/ and val/CLASS/.")],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", parser=_folder, help="Folder for the shards.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", parser=folder_name, help="Folder for the shards.")],
     jobs: Annotated[int | None, typer.Option(min=1, help="Shards at a time.  [default: the cores]")] = None,
     images_per_shard: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 4096,
 ) -> None:
@@ -378,7 +356,7 @@ Experiments = Annotated[
     typer.Argument(metavar="EXPERIMENT...", help="Names of `config list`, or YAML files.", show_default=False),
 ]
 ScaleName = Annotated[str, typer.Option("--scale", metavar="smoke|cpu|gpu|paper", help="How large.")]
-RunsFolder = Annotated[Path, typer.Option("--out", parser=_folder, help="Where the run folders are.")]
+RunsFolder = Annotated[Path, typer.Option("--out", parser=folder_name, help="Where the run folders are.")]
 
 
 @reproduce_app.command("run")
@@ -416,7 +394,7 @@ def reproduce_report(
     experiments: Experiments,
     scale: ScaleName = "smoke",
     out: RunsFolder = Path("runs/reproduce"),
-    into: Annotated[Path, typer.Option(parser=_folder, help="Where reports are written.")] = Path("results/reproduce"),
+    into: Annotated[Path, typer.Option(parser=folder_name, help="Where reports go.")] = Path("results/reproduce"),
     readme: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also renew this file's block between the markers.")
     ] = None,

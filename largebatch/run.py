@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,11 @@ from largebatch.recipe.resize import Resize
 from largebatch.report.environment import code_digest
 from largebatch.report.metrics import MetricsWriter, open_writers
 from largebatch.report.progress import open_progress
-from largebatch.resume import check_data, describe_resize, go_on
+from largebatch.resume import describe_resize, go_on
 from largebatch.runfolder import RunFolder
 from largebatch.training.averaging import WeightAverage
 from largebatch.training.checkpoint import CheckpointFolder, deserialise
 from largebatch.training.delays import Delays
-from largebatch.training.evaluation import evaluate
 from largebatch.training.loss import make_loss
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
@@ -47,8 +45,6 @@ from largebatch.training.replicas import digest_of
 from largebatch.training.settings import ExecutionSettings
 from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
-
-_log = logging.getLogger(__name__)
 
 
 def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch) -> dict[str, Any]:
@@ -322,34 +318,3 @@ def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]
             "has not trained as its recipe says. Lower schedule.reference_lr, warm up longer, or look at the images"
         )
     return summary
-
-
-def evaluate_run(run_dir: Path, overrides: Sequence[str], launch: Launch) -> dict[str, float]:
-    """Evaluate a run's `model.pt`, or the newest checkpoint of an unfinished one, as the run itself did.
-
-    `overrides` may change what does not belong to the training: data, execution and evaluation (files that have moved,
-    another device). Raises UserError if there is nothing to evaluate, or if the data are not those of the run.
-    """
-    folder = RunFolder(run_dir)
-    for override in overrides:
-        if override.partition(".")[0] not in ("data", "execution", "evaluation"):
-            raise UserError(
-                f"{override}: evaluate takes overrides of data, execution and evaluation; the rest is the run's"
-            )
-    config = folder.read_config(overrides)
-    execution = config.execution
-    with connect_ranks(execution, launch) as ranks, name_lost_ranks(ranks):
-        _, validation = load(config.data, seed=config.seed, device=ranks.device)
-        if config.data.on_change == "refuse":
-            check_data(folder.data(), {PARTS[1]: describe_data(validation)})
-        allow_tf32(execution.tf32)
-        model = build_model(config, validation, ranks, restored=True)
-        folder.load_weights(model, ranks.device, warn=_log.warning if ranks.is_main else _log.debug)
-        return evaluate(
-            model,
-            validation,
-            ranks,
-            images_per_batch=config.evaluation.images_per_batch,
-            autocast=make_autocast(execution.precision, ranks.device),
-            memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format,
-        )

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically, write_text_atomically
 from largebatch.report.lock import hold_folder
 from largebatch.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER, clear_tensorboard
+from largebatch.report.per_class import PER_CLASS_FILES
 from largebatch.report.plots import CURVES_FILE, draw_curves
 from largebatch.training.best import BestWeights, write_weights
 from largebatch.training.checkpoint import CheckpointFolder, deserialise, load_tensors
@@ -31,6 +33,21 @@ _LONGER = (
     "; a finished schedule cannot be extended, since its learning rates depend on its length: train the longer one in "
     "another folder (--run-dir OTHER), and set schedule.epochs to its whole length"
 )
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What goes into a run's model and what comes out of it (`inference.json`)."""
+
+    class_names: list[str]
+    """Of the outputs, in order."""
+    shape: tuple[int, int, int]
+    """Channels, height, width."""
+    mean: list[float]
+    std: list[float]
+    """Of each channel, of pixels in [0, 1]."""
+    resize_size: int | None
+    """Pixels of an image file's short side before the centre crop; None for sets in memory, which are not resized."""
 
 
 class RunFolder:
@@ -106,7 +123,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete the files of an earlier run, and nothing else (config.yaml may be the user's own)."""
-        for name in ("plan.json", "environment.json", METRICS_FILE, CURVES_FILE):
+        for name in ("plan.json", "environment.json", METRICS_FILE, CURVES_FILE, *PER_CLASS_FILES):
             (self.path / name).unlink(missing_ok=True)
         for path in (self._summary, self._model, self._average, self._best, self._inference):
             path.unlink(missing_ok=True)
@@ -192,6 +209,19 @@ class RunFolder:
         if not (os.path.isfile(self._model) or self.has_checkpoints):
             raise UserError(f"{self.path}: no model.pt here, and no checkpoint; give the folder of a run")
         return read_config(self._config, overrides)
+
+    def inference(self) -> Inference:
+        """What the run's model takes and gives. Raises DataError where the folder does not say."""
+        try:
+            found = json.loads(self._inference.read_text(encoding="utf-8"))
+            channels, height, width = found["shape"]
+            found["shape"] = channels, height, width
+            return Inference(**{name: found[name] for name in Inference.__dataclass_fields__})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self._inference}: missing or damaged ({type(error).__name__}: {error}); the run wrote it when it "
+                "started"
+            ) from None
 
     def data(self) -> dict[str, dict[str, Any]]:
         """What the run was trained on, by part; empty where the folder does not say."""

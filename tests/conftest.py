@@ -19,7 +19,12 @@ schedule: {epochs: 1, reference_batch: 8, warmup: {kind: none}, decay: {kind: no
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """train/ with 16 pictures and val/ with 4, each of a colour of its own."""
+    """A folder as `make_folder` leaves it."""
+    return make_folder(tmp_path)
+
+
+def make_folder(tmp_path: Path) -> Path:
+    """set/train with 16 images and set/val with 4, each of a colour of its own, and a config.yaml for them."""
     for part, count in (("train", PER_CLASS), ("val", 2)):
         for number, name in enumerate(CLASSES):
             (tmp_path / "set" / part / name).mkdir(parents=True)

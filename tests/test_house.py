@@ -14,7 +14,7 @@ HOUSE = Path(__file__).parents[1] / "largebatch"
 # From the top down. Parts of one storey do not know each other, but for the ground floor's.
 STOREYS = [
     {"cli", "__main__"},
-    {"benchmark", "doctor", "reproduce", "verify"},
+    {"benchmark", "doctor", "reproduce", "use", "verify"},
     {"run"},
     {"runfolder"},
     {"resume"},
@@ -24,7 +24,7 @@ STOREYS = [
     {"data", "models", "distributed", "report"},
     {"recipe"},
     {"configfile"},
-    {"section", "importing", "wording", "errors"},
+    {"section", "importing", "wording", "errors", "arguments"},
 ]
 # largebatch/__init__.py is the front door: it hands out names of many parts, when they are asked for.
 FRONT_DOOR = "__init__"
@@ -36,6 +36,7 @@ SPEAKERS = {
     "benchmark/command.py",
     "reproduce/command.py",
     "report/progress.py",
+    "use/commands.py",
 }
 MODULES = sorted(HOUSE.rglob("*.py"))
 LONGEST_FUNCTION = 70  # lines

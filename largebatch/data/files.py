@@ -65,14 +65,18 @@ class Pictures(Protocol):
 class FolderPictures:
     """`folder/CLASS/**/*.jpg`, in sorted order, so that every machine numbers the files alike."""
 
-    def __init__(self, folder: Path, classes: Sequence[str], limit: int | None = None) -> None:
-        names = [_images_in(folder / name) for name in classes]
+    def __init__(
+        self, folder: Path, classes: Sequence[str], limit: int | None = None, *, of: Sequence[str] = ()
+    ) -> None:
+        """`classes` are the folders; where they are not all classes, `of` names all in the order of their numbers."""
+        all_classes = list(of or classes)
+        names = [images_in(folder / name) for name in classes]
         # Bytes in one array, not a list of strings: 1.3 million of these are copied to every loader process.
         files = [os.fsencode(f"{c}/{n}") for c, found in zip(classes, names, strict=True) for n in found]
-        labels = np.repeat(np.arange(len(classes)), [len(found) for found in names])
+        labels = np.repeat([all_classes.index(c) for c in classes], [len(found) for found in names])
         count = min(limit or len(files), len(files))
         chosen = np.arange(count) * len(files) // count
-        self.classes, self.class_names = len(classes), tuple(classes)
+        self.classes, self.class_names = len(all_classes), tuple(all_classes)
         self._folder = str(folder)
         self._files, self._labels = np.array(files)[chosen], labels[chosen]
 
@@ -358,7 +362,7 @@ def class_names(root: Path) -> list[str]:
 
     Raises DataError that names the folder.
     """
-    train, val = (set(_folders_in(root / part)) for part in ("train", "val"))
+    train, val = (set(folders_in(root / part)) for part in ("train", "val"))
     for name in sorted(train ^ val):
         there, missing = ("train", "val") if name in train else ("val", "train")
         raise DataError(
@@ -368,7 +372,8 @@ def class_names(root: Path) -> list[str]:
     return sorted(train)
 
 
-def _folders_in(folder: Path) -> list[str]:
+def folders_in(folder: Path) -> list[str]:
+    """The class folders in `folder`. Raises DataError if there are none."""
     try:
         entries = [e for e in os.scandir(folder) if not e.name.startswith(".")]
         names = [e.name for e in entries if e.is_dir()]
@@ -383,7 +388,7 @@ def _folders_in(folder: Path) -> list[str]:
     return names
 
 
-def _images_in(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
     """The image files in a class folder and its subfolders, in sorted order, but for hidden ones."""
     names, others, unfollowed = [], 0, 0
     seen = {os.path.realpath(folder)}

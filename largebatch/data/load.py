@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from largebatch.data.catalog import IMAGENET_MEAN, IMAGENET_STD, class_names_of, normalisation, whole_set
-from largebatch.data.files import DatasetPictures, FolderPictures, Pictures, PictureSource, class_names
+from largebatch.data.files import DatasetPictures, FolderPictures, Pictures, PictureSource, class_names, folders_in
 from largebatch.data.known import Split, read_known
 from largebatch.data.memory import MemorySource
 from largebatch.data.operations import make_operations
@@ -19,6 +20,7 @@ from largebatch.data.shards import ShardPictures
 from largebatch.data.source import ImageSource
 from largebatch.data.synthetic import make_split
 from largebatch.errors import ConfigError, DataError
+from largebatch.wording import did_you_mean, some
 
 Sources = tuple[ImageSource, ImageSource]
 
@@ -105,6 +107,31 @@ def _shards(settings: DataSettings, seed: int, device: torch.device) -> Sources:
     if train.class_names != val.class_names:
         raise DataError(f"{root}: train/ and val/ have other classes; pack or index both of one set")
     return _pictures(settings, train, val, (IMAGENET_MEAN, IMAGENET_STD), seed, device)
+
+
+def load_folder(
+    settings: DataSettings,
+    folder: Path,
+    names: Sequence[str],
+    normalisation: tuple[Sequence[float], Sequence[float]],
+    *,
+    seed: int,
+    device: torch.device,
+) -> ImageSource:
+    """The image files of `folder`/CLASS as validation images for a model whose outputs mean `names`; of these, the
+    folder may have some. `normalisation` is mean and std. Raises DataError if it has others."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give one that holds CLASS/*.jpg")
+    found = sorted(folders_in(folder))
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise DataError(
+            f"{folder}: the model has no class {some(unknown)}{did_you_mean(unknown[0], names)}; its folders must be "
+            "named as the model's classes"
+        )
+    mean, std = normalisation
+    pictures = FolderPictures(folder, found, of=names)
+    return PictureSource(pictures, settings, mean=mean, std=std, seed=seed, device=device, validates=True)
 
 
 def _check_counts(settings: DataSettings, train: Pictures, val: Pictures) -> None:

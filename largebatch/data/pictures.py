@@ -32,7 +32,7 @@ _BAND_PIXELS = (
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF")
 _BITS, _WHITE_IS_ZERO, _NUMBERS = 258, 262, 339  # TIFF tags: BitsPerSample, PhotometricInterpretation, SampleFormat
 _UNSIGNED = (1, 4)  # values of SampleFormat; 4 is undefined
-_REMEDY = "replace the file, or set data.on_error=skip"
+REMEDY = "replace the file, or set data.on_error=skip"
 CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of each try, top, left, flip
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -82,7 +82,7 @@ def open_picture(path: str) -> Picture:
         with open(path, "rb", buffering=0) as file:
             data = file.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
     return picture_from(path, data)
 
 
@@ -173,7 +173,7 @@ def _without_range(kind: str) -> DataError:
 def _damaged(path: str, data: bytes, error: Exception) -> DataError:
     unknown = isinstance(error, Image.UnidentifiedImageError)
     reason = "is no image of a known kind" if unknown else f"is damaged ({type(error).__name__}: {error})"
-    return DataError(f"{path}: {reason}, {len(data)} bytes; {_REMEDY}")
+    return DataError(f"{path}: {reason}, {len(data)} bytes; {REMEDY}")
 
 
 def from_object(picture: Any) -> Picture:

@@ -26,13 +26,15 @@ def evaluate(
     images_per_batch: int,
     autocast: Autocast = nullcontext,
     memory_format: torch.memory_format = torch.contiguous_format,
+    confusion: Tensor | None = None,
 ) -> dict[str, float]:
     """``val/loss``, ``val/top1_error`` and ``val/top5_error`` (percent) over all images of `source`.
 
     The batches do not depend on N, and each rank writes the sums of its own batches into a row of its own, so
     the sum over ranks adds zeros to them and is the same to the last bit on any N. ``val/images`` is their
     number; ``val/skipped_images``, if any, that of images which could not be read and are left out. The error among
-    the best five is left out for sets of five classes or fewer.
+    the best five is left out for sets of five classes or fewer. `confusion`, int64 [classes, classes] on the device,
+    gets the number of images by true and by predicted class added.
     """
     batches = evaluation_batches(source.images, images_per_batch)
     mine = block(len(batches), ranks.world_size, ranks.rank)
@@ -46,9 +48,14 @@ def evaluate(
                 continue
             with autocast():
                 logits = model(images.contiguous(memory_format=memory_format))
-            rows[row] = _sums(logits.float() if logits.dtype != torch.float64 else logits, labels)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            rows[row] = _sums(logits.float() if logits.dtype != torch.float64 else logits, best, labels)
+            if confusion is not None:
+                confusion.index_put_((labels, best[:, 0]), confusion.new_ones(()), accumulate=True)
     for module in training:  # not model.train(): a part that its owner keeps in eval mode stays so
         module.training = True
+    if confusion is not None:
+        confusion.copy_(ranks.sum(confusion))
     loss, top1, top5, count = ranks.sum(rows).sum(dim=0).tolist()
     skipped = source.images - count
     assert skipped == 0 or source.leaves_out, f"evaluated {count} of {source.images} images"
@@ -62,8 +69,8 @@ def evaluate(
     return result
 
 
-def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+def _sums(logits: Tensor, best: Tensor, labels: Tensor) -> Tensor:
     """Summed loss, images right at first, images right among the first five, images; float64 [4]."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    right = best == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
-    return torch.stack([loss, best[:, 0].sum().double(), best.sum().double(), loss.new_tensor(float(len(labels)))])
+    return torch.stack([loss, right[:, 0].sum().double(), right.sum().double(), loss.new_tensor(float(len(labels)))])

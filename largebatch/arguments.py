@@ -1,0 +1,25 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def folder_name(text: str) -> Path:
+    """A folder that an option names; a shell variable that is not set must not mean the current one."""
+    if not text:
+        raise typer.BadParameter("'' names no folder; give one ('.' for the current one)")
+    return Path(os.path.expanduser(text))
+
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a name of `config list`.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Values that replace the config's.", show_default=False),
+]
