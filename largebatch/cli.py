@@ -53,7 +53,7 @@ benchmark_app = typer.Typer(
     no_args_is_help=True,
 )
 config_app = typer.Typer(help="List or show configs, or print their JSON Schema.", no_args_is_help=True)
-data_app = typer.Typer(help="Obtain data sets, or pack them.", no_args_is_help=True)
+data_app = typer.Typer(help="Obtain, pack or index data sets.", no_args_is_help=True)
 reproduce_app = typer.Typer(help="The paper's comparisons: run, watch and report them.", no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(config_app, name="config")
@@ -341,6 +341,20 @@ def data_pack(
     from largebatch.data.pack import pack
 
     pack(source, dest, jobs=jobs or _cores(), images_per_shard=images_per_shard, report=_say)
+
+
+@data_app.command("index")
+def data_index(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of train/*.tar and val/*.tar.")],
+    class_names: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Names of the classes, a line each.  [default: their numbers]")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Shards at a time.  [default: the cores]")] = None,
+) -> None:
+    """Make the index that `data.name: shards` needs for WebDataset shards of images and class numbers."""
+    from largebatch.data.webdataset import index
+
+    index(root, jobs=jobs or _cores(), class_names=class_names, report=_say)
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import multiprocessing
 import os
@@ -22,8 +23,11 @@ from run_folders import Outcome, call, summary, tensor_hashes
 from test_data_faults import truncate
 from test_data_pictures import smooth_picture
 
+from largebatch.data.catalog import IMAGENET_MEAN, IMAGENET_STD
 from largebatch.data.load import load
 from largebatch.data.pack import pack
+from largebatch.data.pictures import open_picture, validation_view
+from largebatch.data.pixels import Normalise
 from largebatch.data.settings import DataSettings
 from largebatch.data.source import Pass
 from largebatch.distributed.environment import Launch
@@ -211,3 +215,68 @@ def contents(root: Path) -> dict[Path, bytes]:
 
 def test_fifty_kills_leave_what_no_kill_leaves(made: Path, tmp_path: Path) -> None:
     run_ranks(_pack_until_killed, 1, made / "set", tmp_path / "p", 50, 10_000)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset_shards_get_an_index(made: Path, tmp_path: Path) -> None:
+    """Labels as text and as JSON, folders and dots in names, other members; read as the images by themselves."""
+    files = sorted((made / "set/train").glob("*/[012].*"))
+    long = "n/" + 60 * "long" + "/7"  # of more than the 100 bytes of a plain header
+    samples = [
+        {"a/0.jpg": 0, "a/0.cls": b"1\n"},
+        {"a/1.JPEG": 1, "a/1.seg.png": b"no image of its own", "a/1.json": b'{"label": 0, "x": 2}'},
+        {"just.txt": b"text"},
+        {f"{long}.png": 2, f"{long}.cls": b"2"},
+    ]
+    contents = [{k: files[v].read_bytes() if isinstance(v, int) else v for k, v in s.items()} for s in samples]
+    write_tar(tmp_path / "train/0.tar", contents[0] | contents[1])
+    write_tar(tmp_path / "train/1.tar", contents[2] | contents[3])
+    write_tar(tmp_path / "val/0.tar", contents[0])
+    (tmp_path / "names").write_text("ant\nbee\ncow\n")
+    for _ in range(2):  # the second time anew
+        done = call("data", "index", tmp_path, "--class-names", tmp_path / "names")
+        assert done.status == 0, done.err
+    assert "train: 3 images in 2 shards; samples without an image, left out: 1" in done.out
+    assert "warning: " in done.out
+    assert "val: no image of class ant, cow" in done.out
+    source, _ = load(shards(tmp_path), seed=3, device=torch.device("cpu"))
+    assert source.class_names == ("ant", "bee", "cow")
+    [(images, labels)] = source.stream([Pass(1, np.arange(3))], augment=False)
+    assert labels.tolist() == [1, 0, 2]
+    normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD, (3, 32, 32), torch.device("cpu"))
+    for image, file in zip(images, files, strict=False):
+        view = validation_view(open_picture(str(file)), 37, 32)
+        assert torch.equal(image, normalise(view[None])[0])
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (None, "train: no .*tar in it; put the shards"),
+        ({"0.jpg": b"x"}, "0.tar: 0: no label; it needs 0.cls"),
+        ({"0.jpg": b"x", "0.cls": b"cat"}, "0.tar: 0: no label"),
+        ({"0.jpg": b"x", "0.json": b'{"label": "cat"}'}, "0.tar: 0: no label"),
+        ({"0.jpg": b"x", "0.png": b"x", "0.cls": b"1"}, "0.tar: 0: has 2 images"),
+        ({"0.txt": b"x"}, "0.tar: no images in it"),
+        ({"0.jpg": 20_000 * b"x", "0.cls": b"1"}, "0.tar: cannot be read to its end .*unexpected end of data"),
+    ],
+)
+def test_shards_that_cannot_be_indexed(tmp_path: Path, members: dict[str, bytes] | None, message: str) -> None:
+    if members:
+        write_tar(tmp_path / "train/0.tar", members)
+        if "end" in message:
+            os.truncate(tmp_path / "train/0.tar", 10_000)
+        write_tar(tmp_path / "val/0.tar", {"0.jpg": b"", "0.cls": b"0"})
+    done = call("data", "index", tmp_path)
+    assert done.status == 2
+    assert re.search(message, done.err), done.err
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))

@@ -37,7 +37,7 @@ from largebatch.wording import reason
 
 _log = logging.getLogger(__name__)
 _SKIPPED_IN_A_ROW = 100  # more is no bad picture, but a disk that is gone
-_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
              ".gif", ".avif")  # fmt: skip
 
 
@@ -412,14 +412,14 @@ def images_in(folder: Path) -> list[str]:
         for name in files:
             if name.startswith("."):
                 continue
-            if name.lower().endswith(_SUFFIXES):
+            if name.lower().endswith(SUFFIXES):
                 names.append(name if inside == "." else f"{inside}/{name}")
             else:
                 others += 1
     if unfollowed:
         _log.warning("warning: %s: %d links to a folder above, or read already, are not followed", folder, unfollowed)
     if others:
-        _log.warning("warning: %s: %d files are not read (known: %s)", folder, others, " ".join(_SUFFIXES))
+        _log.warning("warning: %s: %d files are not read (known: %s)", folder, others, " ".join(SUFFIXES))
     if not names:
-        raise DataError(f"{folder}: no images in this class folder (known: {' '.join(_SUFFIXES)})")
+        raise DataError(f"{folder}: no images in this class folder (known: {' '.join(SUFFIXES)})")
     return sorted(names)

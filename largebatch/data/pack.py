@@ -42,12 +42,12 @@ def pack(source: Path, dest: Path, *, jobs: int, images_per_shard: int, report: 
     classes = class_names(source)
     for part in ("train", "val"):
         pictures = FolderPictures(source / part, classes)
-        with _writing(dest / part):
+        with writing(dest / part):
             _Part(pictures, dest / part, images_per_shard, report).pack(jobs)
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Inside, no other process packs into `folder`; what the system refuses is a DataError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

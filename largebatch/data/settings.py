@@ -108,7 +108,8 @@ class DataSettings(Section):
 
     name: str = "fashion-mnist"
     """`fashion-mnist`, `mnist`, `cifar10`, `digits`, `imagefolder`, `imagenet`, `shards` (made by `largebatch data
-    pack`), `synthetic`, or `package.module:function` for your own, called with `arguments`; it returns (train, val)."""
+    pack` or `data index`), `synthetic`, or `package.module:function` for your own, called with `arguments`; it returns
+    (train, val)."""
 
     root: FreeOnResume[FolderName] = "data"
     """Folder that holds the data set; for `imagefolder`, `imagenet` and `shards` the one with `train/` and `val/`. `~`

@@ -188,7 +188,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def _check_whole(path: Path, whole: bool) -> None:
     if not whole:
         raise DataError(
-            f"{path}: is damaged (its checksum differs); copy it again, or make it again with largebatch data pack"
+            f"{path}: is damaged (its checksum differs); copy it again, or make it again with largebatch data index"
         )
 
 
@@ -198,7 +198,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); data.root must hold train/ and val/, each with shards and "
-            "their index, as largebatch data pack makes them"
+            "their index, as largebatch data pack and data index make them"
         ) from None
 
 
