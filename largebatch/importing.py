@@ -11,10 +11,11 @@ from largebatch.wording import config_error, did_you_mean, reason
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def check_import_path(path: str) -> None:
-    """Raises ValueError unless `path` has the form of an import path."""
+def check_import_path(path: str) -> str:
+    """`path`; raises ValueError unless it has the form of an import path."""
     if not _PATH.fullmatch(path):
         raise ValueError(f"{path!r} is not of the form package.module:function")
+    return path
 
 
 def import_object(path: str, key: str) -> Any:

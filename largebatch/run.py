@@ -139,7 +139,7 @@ def _train_connected(
     first_step = trainer.step + 1 if data is not None else 0
     ranks.from_main(lambda: folder.write_start(config, plan, sources, seen))
     total, done = trainer.schedule.total_steps, trainer.step
-    writer = _open_writer(folder, ranks, first_step)
+    writer = _open_writer(folder, config, ranks, first_step)
     try:
         with open_progress(is_main=ranks.is_main, total_steps=total, steps_done=done) as progress:
             progress.note("\n".join([describe(plan), *([] if done else notes)]))
@@ -172,13 +172,14 @@ def _train_connected(
     return _finish(trainer, folder, ranks)
 
 
-def _open_writer(folder: RunFolder, ranks: Ranks, first_step: int) -> MetricsWriter:
+def _open_writer(folder: RunFolder, config: Config, ranks: Ranks, first_step: int) -> MetricsWriter:
     """What takes this rank's records; what goes wrong with the files is raised on all ranks."""
     opened: list[MetricsWriter] = []
 
     def open_files() -> None:
         with folder.writing():
-            opened.append(open_writers(folder.path, is_main=True, first_step=first_step))
+            own, values = config.logging.writers, config.model_dump(mode="json")
+            opened.append(open_writers(folder.path, is_main=True, first_step=first_step, own=own, config=values))
 
     ranks.from_main(open_files)
     return opened[0] if opened else open_writers(folder.path, is_main=False, first_step=first_step)

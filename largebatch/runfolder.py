@@ -22,7 +22,7 @@ from largebatch.plan import Plan
 from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically, write_text_atomically
 from largebatch.report.lock import hold_folder
-from largebatch.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER, clear_tensorboard
+from largebatch.report.metrics import METRICS_FILE, SAMPLES_FILE, TENSORBOARD_FOLDER, clear_tensorboard
 from largebatch.report.per_class import PER_CLASS_FILES
 from largebatch.report.plots import CURVES_FILE, draw_curves
 from largebatch.training.best import BestWeights, write_weights
@@ -123,7 +123,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete the files of an earlier run, and nothing else (config.yaml may be the user's own)."""
-        for name in ("plan.json", "environment.json", METRICS_FILE, CURVES_FILE, *PER_CLASS_FILES):
+        for name in ("plan.json", "environment.json", METRICS_FILE, CURVES_FILE, SAMPLES_FILE, *PER_CLASS_FILES):
             (self.path / name).unlink(missing_ok=True)
         for path in (self._summary, self._model, self._average, self._best, self._inference):
             path.unlink(missing_ok=True)

@@ -77,6 +77,7 @@ class Recorder:
 
     def __init__(self, source: ImageSource) -> None:
         self.images, self.classes, self.shape = source.images, source.classes, source.shape
+        self.mean, self.std = source.mean, source.std
         self.skipped = 0
         self.seen: list[tuple[int, int, str]] = []
         self._source = source

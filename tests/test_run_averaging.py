@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def test_average_and_best_are_those_of_one_rank(alone: Path, tmp_path: Path, kil
     hashes = [tensor_hashes(alone, name) for name in WEIGHTS]
     assert [tensor_hashes(tmp_path, name) for name in WEIGHTS] == hashes
     assert hashes[0] != hashes[1]
+    assert (tmp_path / "samples.png").read_bytes() == (alone / "samples.png").read_bytes()
     assert records(tmp_path) == records(alone)
     for key in ("best", "ema_top1_error", "weights_sha256", "ema_weights_sha256"):
         assert summary(tmp_path)[key] == summary(alone)[key]
@@ -53,6 +55,9 @@ def test_the_files_hold_what_the_figures_say(alone: Path) -> None:
         "step": best["step"],
         "weights_sha256": best["ema_weights_sha256"],
     }
+    for weights, expected in (("ema", last["val/ema_loss"]), ("best", best["val/ema_loss"])):
+        outcome = call("evaluate", alone, "--weights", weights)
+        assert json.loads(outcome.out)["val/loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_the_switch_nothing_is_kept(tmp_path: Path) -> None:

@@ -16,14 +16,17 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from largebatch.errors import DataError
-from largebatch.report.files import write_text_atomically
+from largebatch.report.files import write_bytes_atomically, write_text_atomically
+from largebatch.report.own_writer import OwnWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+SAMPLES_FILE = "samples.png"
 _NOT_A_SCALAR = ("step", "time")
 _OWN_EVENTS = ".largebatch"  # ends the names of our event files
 
@@ -34,22 +37,31 @@ class MetricsWriter(Protocol):
     def write(self, record: dict[str, Any]) -> None:
         """Take one record; ``record["step"]`` is larger than in the record before."""
 
+    def samples(self, png: bytes) -> None:
+        """Take the image of the first training images, before the first record."""
+
     def close(self) -> None:
         """Write what is still held back; nothing may be written afterwards."""
 
 
-def open_writers(run_dir: Path, *, is_main: bool, first_step: int) -> MetricsWriter:
+def open_writers(
+    run_dir: Path, *, is_main: bool, first_step: int, own: Sequence[str] = (), config: dict[str, Any] | None = None
+) -> MetricsWriter:
     """The writer of a run's records; off the main rank one that does nothing.
 
     ``first_step`` is the smallest ``step`` that this process may write: 0 for a run from the start, the
     checkpoint's number of updates + 1 for a resumed one. What an earlier process left from there on is
-    dropped, so write a step's record before its checkpoint. Raises DataError for a damaged metrics file.
+    dropped, so write a step's record before its checkpoint. `own` are import paths of writers of the user's own, who
+    are given the folder and `config`. Raises DataError for a damaged metrics file, ConfigError for a writer that fails.
     """
     if not is_main:
         return _NoWriter()
     run_dir.mkdir(parents=True, exist_ok=True)
     kept = _cut_back(run_dir, first_step)
-    return _RunWriter(run_dir, kept)
+    writer = _RunWriter(run_dir, kept, [OwnWriter(path, run_dir, config or {}) for path in own])
+    if first_step > 0:
+        writer.show_samples()
+    return writer
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -74,6 +86,9 @@ class _NoWriter:
     def write(self, record: dict[str, Any]) -> None:
         pass
 
+    def samples(self, png: bytes) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -81,7 +96,8 @@ class _NoWriter:
 class _RunWriter:
     """JSON lines and TensorBoard scalars of one run."""
 
-    def __init__(self, run_dir: Path, kept: list[dict[str, Any]]) -> None:
+    def __init__(self, run_dir: Path, kept: list[dict[str, Any]], own: list[OwnWriter]) -> None:
+        self._run_dir, self._own = run_dir, own
         self._lines = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._scalars = _rebuild_tensorboard(run_dir / TENSORBOARD_FOLDER, kept)
         self._last_step = kept[-1]["step"] if kept else -1
@@ -94,8 +110,24 @@ class _RunWriter:
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()  # a killed process loses what it held itself, not what the system holds
         _add_scalars(self._scalars, line)
+        for writer in self._own:
+            writer.write(record)
+
+    def samples(self, png: bytes) -> None:
+        write_bytes_atomically(self._run_dir / SAMPLES_FILE, png)
+        self.show_samples()
+
+    def show_samples(self) -> None:
+        """In TensorBoard too, if the file is there and whole."""
+        import numpy as np
+        from PIL import Image
+
+        with contextlib.suppress(OSError), Image.open(self._run_dir / SAMPLES_FILE) as image:
+            self._scalars.add_image("train/first_images", np.asarray(image), global_step=0, dataformats="HWC")
 
     def close(self) -> None:
+        for writer in self._own:
+            writer.close()
         self._lines.close()
         self._scalars.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from largebatch.importing import check_import_path
 from largebatch.section import FreeOnResume, Section
@@ -235,6 +235,11 @@ class LoggingSettings(Section):
 
     every_steps: int = Field(20, ge=1)
     """A record of the metrics each so many steps, at each evaluation and at the end."""
+    writers: list[Annotated[str, AfterValidator(check_import_path)]] = Field(default=[])
+    """Other places for the records: `package.module:function`, called on rank 0 with (run folder, config), returns an
+    object with `write(record)` and `close()`."""
+    sample_images: int = Field(16, ge=0)
+    """Images of the first virtual worker that samples.png shows, as the model gets them; 0 for no such file."""
     noise_scale_every_steps: int = Field(0, ge=0)
     """Measure the gradient noise scale each so many steps, from which `plan --from RUN` tells the useful minibatch; 0
     for never. Needs `execution.reduction: reproducible` and at least two passes a step."""

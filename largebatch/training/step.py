@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ class TimedBatches:
         images, labels = next(self._batches)
         self.waited += time.perf_counter() - start
         return images.contiguous(memory_format=self._memory_format), labels
+
+    def peek(self) -> Batch:
+        """The next batch, which comes again."""
+        batch = next(self)
+        self._batches = itertools.chain([batch], self._batches)
+        return batch
 
 
 @dataclass(frozen=True)

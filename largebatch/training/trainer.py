@@ -25,6 +25,7 @@ from largebatch.recipe.resize import Resize
 from largebatch.recipe.schedule import Schedule
 from largebatch.report.metrics import MetricsWriter
 from largebatch.report.progress import Progress
+from largebatch.report.samples import draw_samples
 from largebatch.training.averaging import WeightAverage
 from largebatch.training.best import BestWeights, weights_of
 from largebatch.training.checkpoint import CheckpointFolder, TrainState
@@ -197,6 +198,8 @@ class Trainer:
         try:
             with contextlib.closing(self._stream()) as stream:
                 batches = TimedBatches(stream, self.memory_format)
+                if self.step == 0 and self.logging.sample_images and self.ranks.is_main:
+                    self._show_first_images(batches, clock, writer)
                 while self.step < total:
                     facts = self._train_step(batches)
                     self._note_overflow(facts, progress)
@@ -218,6 +221,17 @@ class Trainer:
             self._saver.wait()
         clock.pause()
         self._check_saved(progress)
+
+    def _show_first_images(self, batches: TimedBatches, clock: _Clock, writer: MetricsWriter) -> None:
+        images, labels = batches.peek()
+        clock.pause()
+        if self.mix is not None:
+            images, _ = self.mix(images, labels, 0, self.virtual.workers_by_pass[0])
+        try:
+            writer.samples(draw_samples(images[: self.logging.sample_images], self.train.mean, self.train.std))
+        except OSError as error:
+            self._write_error = error
+        clock.go_on()
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepFacts:
         """One update; returns what all ranks know of the newest step that can be read without a wait."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.config import Config
-from largebatch.distributed.environment import Launch, choose_device
+from largebatch.distributed.environment import choose_device, read_launch
+from largebatch.errors import UserError
 from largebatch.models.build import build
 from largebatch.runfolder import Inference, RunFolder
 from largebatch.training.precision import make_autocast
@@ -44,11 +45,15 @@ class Trained:
 def load_trained(run_dir: Path, *, which: str, device: str) -> Trained:
     """The model of a run with its weights, or with `which` "ema" or "best" those (see `RunFolder.load_weights`).
 
-    Needs neither the data nor `model.init_from`. Raises UserError if there is no run, or it has no such weights.
+    Needs neither the data nor `model.init_from`. Raises UserError if there is no run, or it has no such weights, or in
+    one of several processes.
     """
+    launch = read_launch()
+    if launch.world_size > 1:
+        raise UserError(f"predict and export run in one process, and {launch.launcher} started {launch.world_size}")
     folder = RunFolder(run_dir)
     config, inference = folder.read_config([]), folder.inference()
-    here = choose_device(device, Launch())
+    here = choose_device(device, launch)
     settings = config.model.model_copy(update={"init_from": None})
     model = build(settings, classes=len(inference.class_names), shape=inference.shape, seed=config.seed).to(here)
     if config.execution.channels_last:
