@@ -6,7 +6,7 @@ The answer to "what learning rate for this batch on these GPUs, and why".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from largebatch.config import Config
@@ -70,9 +70,14 @@ class Plan:
     """The step from which on `batch.on_resize: rescale` gave this minibatch to a run that began with another."""
     warnings: list[str]
 
+    order: EpochOrder
+    schedule: Schedule
+    resize: Resize | None
+    """Given where `batch.on_resize: rescale` gave this minibatch to a run that began with another."""
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for `plan.json`."""
-        return asdict(self)
+        """Plain values for `plan.json`, without what the plan carries to the trainer."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("order", "schedule", "resize")}
 
 
 def make_plan(
@@ -121,6 +126,9 @@ def make_plan(
         resize_size=config.data.short_side if from_files else None,
         resize_step=resize.step if resize else None,
         warnings=_warnings(config, schedule, workers),
+        order=order,
+        schedule=schedule,
+        resize=resize,
     )
 
 

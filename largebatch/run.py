@@ -26,9 +26,8 @@ from largebatch.errors import HealthError, UserError
 from largebatch.models.build import build
 from largebatch.models.check import check_forward
 from largebatch.models.compiled import compile_regions
-from largebatch.plan import Plan, describe, make_order, make_plan, run_schedule
+from largebatch.plan import Plan, describe, make_order, make_plan
 from largebatch.recipe.batch import deal_equally
-from largebatch.recipe.resize import Resize
 from largebatch.report.environment import code_digest
 from largebatch.report.metrics import MetricsWriter, open_writers
 from largebatch.report.progress import open_progress
@@ -130,7 +129,7 @@ def _train_connected(
         resize=resize,
     )
     notes: list[str] = []
-    trainer = make_trainer(current, plan, ranks, sources, checkpoints, resize, notes.append, restored=state is not None)
+    trainer = make_trainer(current, plan, ranks, sources, checkpoints, notes.append, restored=state is not None)
     trainer.stop_request, trainer.data = stop_request, seen
     trainer.best = folder.best(config.checkpoint.keep_best)
     trainer.devices = sorted(set(ranks.gather(describe_device(ranks.device))))
@@ -227,12 +226,11 @@ def make_trainer(
     ranks: Ranks,
     sources: tuple[ImageSource, ImageSource],
     checkpoints: CheckpointFolder,
-    resize: Resize | None = None,
     note: Callable[[str], None] | None = None,
     *,
     restored: bool = False,
 ) -> Trainer:
-    """The trainer of `config`, at step 0; `config` has the k that `resize` says."""
+    """The trainer of `config`, at step 0; `config` has the k of `plan`."""
     execution, how = config.execution, config.data.augmentation
     train_source, validation = sources
     model = build_model(config, train_source, ranks, note, restored=restored)
@@ -262,12 +260,11 @@ def make_trainer(
         soft=how.mixes,
         device=ranks.device,
     )
-    order = make_order(config, train_source.images, resize)
     return Trainer(
         virtual=virtual,
         optimizer=optimizer,
-        schedule=run_schedule(config, order, resize),
-        order=order,
+        schedule=plan.schedule,
+        order=plan.order,
         train=train_source,
         validation=validation,
         ranks=ranks,
@@ -277,7 +274,7 @@ def make_trainer(
         health=config.health,
         logging=config.logging,
         checkpoints=checkpoints,
-        resize=resize,
+        resize=plan.resize,
         average=WeightAverage(model, config.ema) if config.ema.decay is not None else None,
         loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,
         loss=loss,
