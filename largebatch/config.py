@@ -65,6 +65,11 @@ class Config(Section):
                 f"virtual workers, which batch.shuffle {self.batch.shuffle} does not allow; set repeats to 1 or "
                 "shuffle to once"
             )
+        if self.data.multi_label and (self.loss.name == "cross_entropy" or self.loss.label_smoothing):
+            raise ValueError(
+                "data.multi_label has independent classes: it needs loss.name bce, without label_smoothing, or a loss "
+                f"of your own (here {self.loss.name}, {self.loss.label_smoothing:g})"
+            )
         if "lr_rule" not in self.schedule.model_fields_set and self.optimizer.adaptive:
             # The one default that follows another section: written out here, so that every reader sees the rule.
             object.__setattr__(self, "schedule", self.schedule.model_copy(update={"lr_rule": "sqrt"}))

@@ -257,7 +257,7 @@ def make_trainer(
         config.loss,
         classes=train_source.classes,
         images=config.batch.images_per_worker * execution.workers_per_pass,
-        soft=how.mixes,
+        soft=how.mixes or config.data.multi_label,
         device=ranks.device,
     )
     return Trainer(

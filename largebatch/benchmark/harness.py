@@ -159,4 +159,6 @@ class Harness:
         device, generator = self.ranks.device, torch.Generator().manual_seed(config.seed)
         images = torch.randn(count, *train.shape, generator=generator).to(device)
         labels = torch.randint(train.classes, (count,), generator=generator).to(device)
+        if config.data.multi_label:
+            labels = torch.nn.functional.one_hot(labels, train.classes).float()
         return images.contiguous(memory_format=self._trainer.memory_format), labels

@@ -22,6 +22,7 @@ from largebatch.data.pictures import (
     CROP_DRAWS,
     Picture,
     check_label,
+    check_many,
     describe,
     from_object,
     open_picture,
@@ -41,6 +42,10 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", "
              ".gif", ".avif")  # fmt: skip
 
 
+Label = int | Tensor
+"""The number of a class, or with `data.multi_label` 0 or 1 for each, float32 [classes]."""
+
+
 class Pictures(Protocol):
     """Numbered pictures with labels; pickled to the loader processes."""
 
@@ -57,7 +62,7 @@ class Pictures(Protocol):
         """What a picture is called in messages."""
         ...
 
-    def picture(self, index: int) -> tuple[Picture, int]:
+    def picture(self, index: int) -> tuple[Picture, Label]:
         """A picture and its label. Raises DataError, naming the file."""
         ...
 
@@ -109,7 +114,9 @@ class FolderPictures:
 class DatasetPictures:
     """A map-style dataset of your own, giving (PIL image or uint8 [C, H, W] tensor, label)."""
 
-    def __init__(self, dataset: Any, classes: int, where: str, limit: int | None = None) -> None:
+    def __init__(
+        self, dataset: Any, classes: int, where: str, limit: int | None = None, multi_label: bool = False
+    ) -> None:
         try:
             count = len(dataset)
         except Exception as error:
@@ -119,7 +126,7 @@ class DatasetPictures:
         self.classes = classes
         names = getattr(dataset, "classes", ())
         self.class_names = tuple(map(str, names if len(names) == classes else range(classes)))
-        self._dataset, self._where = dataset, where
+        self._dataset, self._where, self._multi_label = dataset, where, multi_label
         self._count = min(limit or count, count)
 
     def __len__(self) -> int:
@@ -132,7 +139,7 @@ class DatasetPictures:
     def name(self, index: int) -> str:
         return f"{self._where}, image {index}"
 
-    def picture(self, index: int) -> tuple[Picture, int]:
+    def picture(self, index: int) -> tuple[Picture, Label]:
         try:
             item = self._dataset[index]
         except Exception as error:
@@ -141,6 +148,8 @@ class DatasetPictures:
             raise DataError(f"{self.name(index)}: the dataset gives {describe(item)}; it must give (image, label)")
         picture, label = item
         try:
+            if self._multi_label:
+                return from_object(picture), check_many(label, [self.classes], "its label")
             return from_object(picture), check_label(label, self.classes)
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error}") from None
@@ -187,6 +196,8 @@ class Decoder:
         size, skipped = self._settings.image_size, list[str]()
         images = torch.empty(len(requested.indices), size, size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requested.indices), dtype=torch.int64)
+        if self._settings.multi_label:
+            labels = torch.empty(len(requested.indices), self._pictures.classes)
         draws = image_draws(requested.indices, CROP_DRAWS, seed=self._seed, epoch=requested.epoch).tolist()
         row = 0
         for draw, index in zip(draws, requested.indices.tolist(), strict=True):
@@ -197,7 +208,7 @@ class Decoder:
             self._operations(images, requested.epoch, requested.indices)
         return Decoded(images[:row], labels[:row], skipped)
 
-    def _good_view(self, index: int, draws: Sequence[float], skipped: list[str]) -> tuple[Tensor, int] | None:
+    def _good_view(self, index: int, draws: Sequence[float], skipped: list[str]) -> tuple[Tensor, Label] | None:
         """A picture as the model sees it, and its label; if it may be skipped, of the next good one, or none."""
         if self._settings.on_error == "stop":
             return self._view(index, draws)
@@ -214,7 +225,7 @@ class Decoder:
                 skipped.append(str(error))
         raise DataError(f"{skipped[-1]} ({_SKIPPED_IN_A_ROW} pictures in a row cannot be used, so none is skipped)")
 
-    def _view(self, index: int, draws: Sequence[float]) -> tuple[Tensor, int]:
+    def _view(self, index: int, draws: Sequence[float]) -> tuple[Tensor, Label]:
         settings = self._settings
         try:
             picture, label = self._pictures.picture(index)

@@ -154,7 +154,8 @@ def _own(settings: DataSettings, seed: int, device: torch.device) -> Sources:
     where = [f"data.name {settings.name}, {part}" for part in PARTS]
     if all(is_tensors(split) for split in splits):
         classes = own_classes(splits[0], settings)
-        train, val = (check_tensors(s, w, classes) for s, w in zip(splits, where, strict=True))
+        many = settings.multi_label
+        train, val = (check_tensors(s, w, classes, multi_label=many) for s, w in zip(splits, where, strict=True))
         seen, expected = list(val[0].shape[1:]), list(train[0].shape[1:])
         if seen != expected:
             raise DataError(f"{where[1]}: images are {seen}, but training images {expected}")
@@ -167,7 +168,8 @@ def _own(settings: DataSettings, seed: int, device: torch.device) -> Sources:
         )
     classes = own_classes(splits[0], settings)
     limits = (settings.train_images, settings.val_images)
-    pictures = [DatasetPictures(s, classes, w, n) for s, w, n in zip(splits, where, limits, strict=True)]
+    many = settings.multi_label
+    pictures = [DatasetPictures(s, classes, w, n, many) for s, w, n in zip(splits, where, limits, strict=True)]
     return _pictures(settings, pictures[0], pictures[1], ((0.5,) * 3, (0.25,) * 3), seed, device)
 
 

@@ -17,9 +17,9 @@ from largebatch.data.source import Batches, Pass
 class MemorySource:
     """Images and labels on the device.
 
-    images: uint8 [M, C, H, W]; labels: integers [M]; mean, std: per channel in [0, 1]. An augmented image is
-    padded with `padding` zeros on each side, cut at a random place and, with `flip`, mirrored half of the
-    times, then varied by `operations`; its draws depend on (seed, epoch, index) alone, where the indices of its
+    images: uint8 [M, C, H, W]; labels: integers [M], or 0 and 1 [M, classes]; mean, std: per channel in [0, 1]. An
+    augmented image is padded with `padding` zeros on each side, cut at a random place and, with `flip`, mirrored half
+    of the times, then varied by `operations`; its draws depend on (seed, epoch, index) alone, where the indices of its
     `repeats` copies are those of `EpochOrder`.
     """
 
@@ -47,7 +47,7 @@ class MemorySource:
         self.mean, self.std = tuple(mean), tuple(std)
         self.shape = (channels, height, width)
         self.skipped, self.leaves_out = 0, False
-        self.labels = labels.to(device, torch.int64)
+        self.labels = labels.to(device, torch.int64 if labels.ndim == 1 else torch.float32)
         self._padding, self._flip, self._seed = padding, flip, seed
         self._operations, self._repeats = operations, repeats
         self._normalise = Normalise(mean, std, self.shape, device)
@@ -58,7 +58,8 @@ class MemorySource:
     def fingerprint(self) -> str:
         """See `ImageSource.fingerprint`: of each image's label and sum of bytes."""
         sums = self._windows[:, self._padding, self._padding].sum(dim=(1, 2, 3))
-        return hashlib.sha256(torch.stack([self.labels, sums]).cpu().numpy().tobytes()).hexdigest()
+        labels = self.labels.long().view(self.images, -1).T
+        return hashlib.sha256(torch.cat([labels, sums[None]]).cpu().numpy().tobytes()).hexdigest()
 
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""

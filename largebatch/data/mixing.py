@@ -26,11 +26,14 @@ class Mixing:
         self._how, self._classes, self._seed = how, classes, seed
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, workers: range) -> tuple[Tensor, Tensor]:
-        """A pass of consecutive virtual `workers`, worker by worker: float [n, C, H, W] and int64 labels [n].
+        """A pass of consecutive virtual `workers`, worker by worker: float [n, C, H, W] and labels, int64 [n] or
+        float32 [n, classes].
 
         Returns mixed images and the probability of each class, float32 [n, classes]; leaves the inputs as they are.
         """
-        images, targets = images.clone(), F.one_hot(labels, self._classes).float()
+        images, targets = images.clone(), labels.clone()
+        if labels.ndim == 1:
+            targets = F.one_hot(labels, self._classes).float()
         each = len(images) // len(workers)
         for worker, own, target in zip(workers, images.split(each), targets.split(each), strict=True):
             share, box = self.draw(step, worker, *images.shape[2:])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from largebatch.data.known import Split
-from largebatch.data.pictures import describe
+from largebatch.data.pictures import check_many, describe
 from largebatch.data.settings import DataSettings
 from largebatch.errors import DataError, UserError
 from largebatch.wording import reason
@@ -89,8 +89,11 @@ def is_tensors(split: Any) -> bool:
     return isinstance(split, tuple) and len(split) == 2 and all(isinstance(part, Tensor) for part in split)
 
 
-def check_tensors(split: Split, where: str, classes: int) -> Split:
-    """The split, if it is uint8 [M, C, H, W] and integer labels [M] in 0..classes-1; DataError otherwise."""
+def check_tensors(split: Split, where: str, classes: int, *, multi_label: bool = False) -> Split:
+    """The split, if it is uint8 [M, C, H, W] and integer labels [M] in 0..classes-1; DataError otherwise.
+
+    With `multi_label`, labels are 0 or 1, [M, classes], and become float32.
+    """
     images, labels = split
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         raise DataError(f"{where}: images must be uint8 [M, C, H, W], not {_kind(images)}")
@@ -99,8 +102,11 @@ def check_tensors(split: Split, where: str, classes: int) -> Split:
             f"{where}: images are {_kind(images)}, which looks like [M, H, W, C]; give [M, C, H, W] "
             "(images.permute(0, 3, 1, 2))"
         )
+    if multi_label:
+        return images, check_many(labels, [len(images), classes], where)
     if labels.dtype not in _INTEGERS or labels.shape != images.shape[:1]:
-        raise DataError(f"{where}: labels must be integers [{len(images)}], not {_kind(labels)}")
+        hint = "; for any number of classes for each image set data.multi_label" if labels.ndim == 2 else ""
+        raise DataError(f"{where}: labels must be integers [{len(images)}], not {_kind(labels)}{hint}")
     labels = labels.to(torch.int64)
     outside = ((labels < 0) | (labels >= classes)).nonzero()
     if len(outside):
@@ -123,6 +129,8 @@ def own_classes(train: Any, settings: DataSettings) -> int:
     where = f"data.name {settings.name}"
     if is_tensors(train):
         labels = train[1]
+        if settings.multi_label and labels.ndim == 2:
+            return labels.shape[1]
         if not len(labels) or labels.dtype not in _INTEGERS or (labels.to(torch.int64) < 0).any():
             return 2  # `check_tensors` refuses them, with what they are
         found = int(labels.to(torch.int64).max()) + 1

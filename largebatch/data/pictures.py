@@ -211,6 +211,17 @@ def check_label(label: Any, classes: int) -> int:
     return number
 
 
+def check_many(labels: Any, shape: list[int], where: str) -> torch.Tensor:
+    """`labels`, 0 or 1 for each class, as float32 of this shape. Raises DataError if they are something else."""
+    found = torch.as_tensor(labels)
+    if list(found.shape) != shape or not ((found == 0) | (found == 1)).all():
+        raise DataError(
+            f"{where}: with data.multi_label, labels must be 0 or 1 for each class, {shape}, not {describe(found)}"
+            + (" with other values" if list(found.shape) == shape else "; set data.classes if their number is wrong")
+        )
+    return found.float()
+
+
 def random_crop(draws: Sequence[float], height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> Box:
     """A random area and shape within the picture, distributed as torchvision's RandomResizedCrop.
 

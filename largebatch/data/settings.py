@@ -155,6 +155,9 @@ class DataSettings(Section):
     classes: int | None = Field(default=None, ge=2)
     """Your own set: number of classes, where it cannot be told from the data."""
 
+    multi_label: bool = False
+    """Your own set: an image has any number of the classes, and its label is 0 or 1 for each of them."""
+
     synthetic: Synthetic = Synthetic()
     """What `name: synthetic` generates."""
 
@@ -177,6 +180,8 @@ class DataSettings(Section):
             raise ValueError(f"augmentation.kind {kind} is for pictures in files; {self.name}: crop or none")
         if kind == "crop" and self.name in FROM_FILES:
             raise ValueError(f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none")
+        if self.multi_label and ":" not in self.name:
+            raise ValueError(f"multi_label is for a set of your own; {self.name} has one class for each image")
         if self.short_side < self.image_size:
             raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
         for key, values, smallest in (("mean", self.mean, 0.0), ("std", self.std, 1e-6)):

@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
-"""Images (float32 [n, C, H, W], normalised, on the device) and labels (int64 [n]); `close` it when done."""
+"""Images (float32 [n, C, H, W], normalised, on the device) and labels (int64 [n], or with `data.multi_label` 0 and 1,
+float32 [n, classes]); `close` it when done."""
 
 
 class Pass(NamedTuple):

@@ -34,7 +34,9 @@ def evaluate(
     the sum over ranks adds zeros to them and is the same to the last bit on any N. ``val/images`` is their
     number; ``val/skipped_images``, if any, that of images which could not be read and are left out. The error among
     the best five is left out for sets of five classes or fewer. `confusion`, int64 [classes, classes] on the device,
-    gets the number of images by true and by predicted class added.
+    gets the number of images by true and by predicted class added. Of images with several labels, the
+    loss is binary cross-entropy, an error one whose best class (or best five) is none of them, and `confusion` has it
+    in the row of each.
     """
     batches = evaluation_batches(source.images, images_per_batch)
     mine = block(len(batches), ranks.world_size, ranks.rank)
@@ -51,7 +53,9 @@ def evaluate(
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             rows[row] = _sums(logits.float() if logits.dtype != torch.float64 else logits, best, labels)
             if confusion is not None:
-                confusion.index_put_((labels, best[:, 0]), confusion.new_ones(()), accumulate=True)
+                position = torch.arange(len(labels), device=labels.device)
+                position, true = (position, labels) if labels.ndim == 1 else labels.nonzero(as_tuple=True)
+                confusion.index_put_((true, best[position, 0]), confusion.new_ones(()), accumulate=True)
     for module in training:  # not model.train(): a part that its owner keeps in eval mode stays so
         module.training = True
     if confusion is not None:
@@ -71,6 +75,11 @@ def evaluate(
 
 def _sums(logits: Tensor, best: Tensor, labels: Tensor) -> Tensor:
     """Summed loss, images right at first, images right among the first five, images; float64 [4]."""
-    right = best == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
-    return torch.stack([loss, right[:, 0].sum().double(), right.sum().double(), loss.new_tensor(float(len(labels)))])
+    if labels.ndim == 1:
+        right = best == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
+    else:
+        right = labels.gather(1, best) > 0
+        loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1).double().sum()
+    counts = [right[:, 0].sum().double(), right.any(1).sum().double(), loss.new_tensor(float(len(labels)))]
+    return torch.stack([loss, *counts])

@@ -19,7 +19,7 @@ from largebatch.training.precision import Autocast, LossScale
 from largebatch.training.virtual_workers import VirtualWorkers
 
 Batch = tuple[Tensor, Tensor]
-"""Images float32 [n, C, H, W] (normalised) and labels int64 [n], on the device."""
+"""Images float32 [n, C, H, W] (normalised) and labels int64 [n] or float32 [n, classes], on the device."""
 
 
 class TimedBatches:
@@ -96,10 +96,11 @@ def train_step(
             targets = labels
             if mix is not None:
                 images, targets = mix(images, labels, step, workers)
-                labels = targets.argmax(dim=1)
+                labels = targets.argmax(dim=1) if labels.ndim == 1 else targets
             logits = virtual(images)
             mean = loss(logits, targets)
-            wrong = (logits.detach().argmax(dim=1) != labels).sum()
+            best = logits.detach().argmax(dim=1)
+            wrong = (best != labels if labels.ndim == 1 else labels.gather(1, best[:, None]) == 0).sum()
             virtual.backward(mean, sums={"wrong": wrong, **own}, factor=loss_factor)
             losses.append(mean.detach())
     bad_loss, bad_gradients = ~virtual.loss.isfinite(), virtual.outcome.not_finite
