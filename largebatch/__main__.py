@@ -1,8 +1,6 @@
 """``python -m largebatch`` and ``torchrun -m largebatch``."""
 
-import sys
-
-from largebatch.cli import main
+from largebatch.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -8,10 +8,11 @@ import json
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -462,12 +463,36 @@ def main(arguments: list[str] | None = None) -> int:
     0 done, 2 the user's input is wrong, 3 stopped by health, 75 preempted with a checkpoint written. It is also left in
     the file LARGEBATCH_STATUS_FILE.<rank> where that variable is set: torchrun exits with 1 whatever its ranks did.
     """
+    threading.excepthook = _leave_with_message
     status = _run(arguments)
+    _leave_status(status)
+    return status
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own, which waits for no rank that hangs, nor lets NCCL wait, once it has failed."""
+    status = main()
+    if status != EXIT_OK and _from_launcher("RANK", "SLURM_PROCID") is not None:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _leave_with_message(raised: threading.ExceptHookArgs) -> None:
+    """For a thread that ends the process, since the main thread waits for a rank that hangs."""
+    if isinstance(raised.exc_value, RanksLost):
+        _complain(str(raised.exc_value))
+        _leave_status(raised.exc_value.exit_status)
+        sys.stdout.flush()
+    else:
+        threading.__excepthook__(raised)
+
+
+def _leave_status(status: int) -> None:
     left = os.environ.get("LARGEBATCH_STATUS_FILE")
     if left:
         with contextlib.suppress(OSError):
             Path(f"{left}.{_from_launcher('RANK', 'SLURM_PROCID') or 0}").write_text(f"{status}\n", encoding="ascii")
-    return status
 
 
 def _run(arguments: list[str] | None) -> int:

@@ -42,6 +42,7 @@ class Fleet:
         self._folder = tempfile.TemporaryDirectory()
         self.folder = Path(self._folder.name)
         self.processes = []
+        self.variables = []
         for rank in range(world_size):
             for kind in ("out", "err"):
                 (self.folder / f"rank{rank}.{kind}").touch()
@@ -53,6 +54,7 @@ class Fleet:
                 RENDEZVOUS: f"file://{self.folder}/store",
                 **environ(rank),
             }
+            self.variables.append(variables)
             process = _CONTEXT.Process(
                 target=_run,
                 args=(rank, str(self.folder / f"rank{rank}"), variables, [str(a) for a in arguments]),

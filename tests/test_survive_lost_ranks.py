@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hangs import by_file, by_port
 from survive import Fleet, newest_step, slow_steps, training
 
 from largebatch import run, runfolder
 from largebatch.data.known import Split
 from largebatch.distributed import environment
-from largebatch.distributed.environment import RENDEZVOUS
 from largebatch.errors import DataError
 from largebatch.report.lock import hold_folder
 from largebatch.training.trainer import Trainer
@@ -28,24 +27,11 @@ BRIEF = f"execution.timeout_minutes={TIMEOUT / 60}"
 SOON = TIMEOUT + 45.0
 
 
-def by_port() -> Callable[[int], dict[str, str]]:
-    """Variables with which rank 0 itself holds the store, as with srun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return lambda _: {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RENDEZVOUS: "env://"}
-
-
-def by_file() -> Callable[[int], dict[str, str]]:
-    return lambda _: {}
-
-
 @pytest.mark.parametrize(
     ("world_size", "victim", "number", "rendezvous"),
     [
         (2, 1, KILL, by_port),
         (3, 0, KILL, by_file),
-        (3, 1, STOP, by_file),
         (2, 0, KILL, by_port),
         (3, 0, STOP, by_port),
     ],

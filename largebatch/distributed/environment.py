@@ -7,12 +7,13 @@ import datetime
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from largebatch.distributed.heartbeat import Heartbeat, Whereabouts
 from largebatch.distributed.meeting import call_roll, name_attempt, open_store, under_agent
 from largebatch.errors import UserError
 
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 RENDEZVOUS = "LARGEBATCH_RENDEZVOUS"
 """Variable with an init method of torch.distributed (``file:///shared/path``) for use without a port."""
+_BACKEND_SECONDS = 60.0
+"""The backend waits so much longer than we do: it cannot name who hangs, and NCCL's watchdog ends the process."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,10 @@ class Ranks:
     backend: str
     group: dist.ProcessGroup | None = None
     """The process group of these ranks; None: the launch's own, or none for one process."""
+    whereabouts: Whereabouts = field(default_factory=Whereabouts, compare=False)
+    """Where this rank is, for the others to name it if it hangs."""
+    store: dist.Store | None = field(default=None, compare=False)
+    """What the ranks of a launch share besides the group; None for one process."""
 
     @property
     def distributed(self) -> bool:
@@ -163,7 +170,8 @@ class Ranks:
         if self.world_size == 1:
             return tensor
         sent = tensor.to(self.wire_device)
-        dist.all_reduce(sent, group=self.group)
+        with self.whereabouts.waiting():
+            dist.all_reduce(sent, group=self.group)
         return sent.to(tensor.device)
 
     def broadcast(self, value: Any) -> Any:
@@ -171,7 +179,8 @@ class Ranks:
         if self.world_size == 1:
             return value
         holder = [value]
-        dist.broadcast_object_list(holder, group_src=0, group=self.group, device=self.wire_device)
+        with self.whereabouts.waiting():
+            dist.broadcast_object_list(holder, group_src=0, group=self.group, device=self.wire_device)
         return holder[0]
 
     def from_main(self, function: Callable[[], T]) -> T:
@@ -192,13 +201,15 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
+        with self.whereabouts.waiting():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
-            dist.barrier(group=self.group)
+            with self.whereabouts.waiting():
+                dist.barrier(group=self.group)
 
 
 def choose_device(device: str, launch: Launch) -> torch.device:
@@ -263,14 +274,30 @@ def connect(
     if launch.world_size == 1 and not group_of_one:
         yield ranks
         return
-    _meet(launch, ranks, timeout_seconds)
+    store = _meet(launch, ranks, timeout_seconds)
     try:
-        yield ranks
-    finally:
-        dist.destroy_process_group()
+        if launch.world_size == 1:
+            yield ranks
+        else:
+            heartbeat = Heartbeat(
+                ranks.whereabouts,
+                store.clone(),
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timeout_seconds,
+            )
+            with heartbeat.running():
+                yield replace(ranks, store=store)
+    except BaseException:
+        # Taking the group down waits for the others under NCCL, who may wait for us, and nobody would hear why. The
+        # end of the process closes the connections.
+        if launch.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
-def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> None:
+def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> dist.Store:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store: dist.Store = dist.HashStore()
     try:
@@ -284,13 +311,14 @@ def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> None:
             store=store,
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=timeout,
+            timeout=timeout + datetime.timedelta(seconds=_BACKEND_SECONDS),
             device_id=ranks.device if ranks.backend == "nccl" else None,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the {launch.world_size} ranks ({launch.launcher}, {launch.init_method}) could not meet: {error}"
         ) from error
+    return store
 
 
 def _call_roll(store: dist.Store, launch: Launch, ranks: Ranks, timeout: datetime.timedelta) -> str:

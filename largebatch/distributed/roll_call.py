@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from largebatch.distributed.environment import Ranks
+from largebatch.distributed.heartbeat import RESTART, VERDICT, failed_key
 from largebatch.errors import RanksLost
+
+T = TypeVar("T")
 
 _PATIENCE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -25,17 +29,19 @@ def name_lost_ranks(ranks: Ranks) -> Iterator[None]:
     Every rank that sees a failure says so in the store; those that have not within seconds are the ones that
     died or hang. A rank that fails by an error of its own leaves it there for the others to quote.
     """
-    if ranks.world_size == 1:
+    if ranks.store is None:
         yield
         return
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that holds it
-            _say(ranks, error)
+        if not ranks.whereabouts.leaving.acquire(blocking=False):
+            threading.Event().wait()  # another thread has said why, and ends the process
+        store, own = ranks.store, "" if _is_collective_failure(error) else f"{type(error).__name__}: {error}"
+        _within(_PATIENCE_SECONDS, lambda: store.set(failed_key(ranks.rank), own.partition("\n")[0]))
         if not _is_collective_failure(error):
             raise
-        raise RanksLost(_explain(ranks, error)) from error
+        raise RanksLost(_explain(ranks, store, error)) from error
 
 
 def _is_collective_failure(error: Exception) -> bool:
@@ -46,50 +52,45 @@ def _is_collective_failure(error: Exception) -> bool:
     )
 
 
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
+def _within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """What `ask` returns; None if the store, whose host may be gone or stopped, does not answer in time."""
+    found: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(ask())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
-def _key(rank: int) -> str:
-    return f"largebatch/failed/{rank}"
+def _explain(ranks: Ranks, store: dist.Store, error: Exception) -> str:
+    reason = _within(2 * _PATIENCE_SECONDS, lambda: _ask(ranks, store)) or f"rank 0 died or hung. {RESTART}"
+    return f"{reason} ({str(error).splitlines()[0][:200]})"
 
 
-def _say(ranks: Ranks, error: Exception) -> None:
-    own = "" if _is_collective_failure(error) else f"{type(error).__name__}: {error}".splitlines()[0]
-    _store().set(_key(ranks.rank), own)
-
-
-def _explain(ranks: Ranks, error: Exception) -> str:
-    found: list[tuple[list[int], list[str]]] = []
-    # A store whose host is stopped may not even time out.
-    asking = threading.Thread(target=lambda: found.append(_ask(ranks)), daemon=True)
-    asking.start()
-    asking.join(2 * _PATIENCE_SECONDS)
-    missing, causes = found[0] if found else ([0], [])
-    # Who failed by an error of its own explains the silence of those that waited for it.
-    lost = f"{_ranks(missing)} died or hung" if missing and not causes else ""
-    reason = "; ".join(filter(None, [lost, *causes])) or "the connection between the ranks broke"
-    return (
-        f"{reason}. Start the same command again: the run goes on from its newest checkpoint "
-        f"({str(error).splitlines()[0][:200]})"
-    )
-
-
-def _ask(ranks: Ranks) -> tuple[list[int], list[str]]:
-    """The ranks that have said nothing within the patience, and what those said that failed by themselves."""
+def _ask(ranks: Ranks, store: dist.Store) -> str:
+    """What all ranks leave with; else the ranks that have said nothing within the patience, and what those said that
+    failed by themselves."""
     causes: list[str] = []
     missing = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
     deadline = time.monotonic() + _PATIENCE_SECONDS
     try:
         while missing and time.monotonic() < deadline:
-            for rank in [rank for rank in missing if _store().check([_key(rank)])]:
+            if store.check([VERDICT]):
+                return store.get(VERDICT).decode()
+            for rank in [rank for rank in missing if store.check([failed_key(rank)])]:
                 missing.remove(rank)
-                cause = _store().get(_key(rank)).decode()
+                cause = store.get(failed_key(rank)).decode()
                 causes += [f"rank {rank} failed: {cause}"] if cause else []
             time.sleep(_POLL_SECONDS)
     except RuntimeError:  # the store is gone, and the rank that held it
         missing = [0]
-    return missing, causes
+    # Who failed by an error of its own explains the silence of those that waited for it.
+    lost = f"{_ranks(missing)} died or hung" if missing and not causes else ""
+    return f"{'; '.join(filter(None, [lost, *causes])) or 'the connection between the ranks broke'}. {RESTART}"
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -43,4 +43,5 @@ class Subgroups:
 
     def sleep(self) -> None:
         """Wait until every rank of the launch is here, with neither CPU nor GPU time."""
-        dist.barrier(group=self._sleepers)
+        with self._launch.whereabouts.waiting("asleep"):
+            dist.barrier(group=self._sleepers)

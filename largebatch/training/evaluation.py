@@ -44,6 +44,7 @@ def evaluate(
     passes = [Pass(0, np.arange(batches[b].start, batches[b].stop)) for b in mine]
     training = [module for module in model.modules() if module.training]
     model.eval()
+    ranks.whereabouts.enter("evaluation")
     with torch.no_grad(), deterministic(ranks.device, wanted=True):
         for row, (images, labels) in zip(mine, source.stream(passes, augment=False), strict=True):
             if not len(images):  # all of them were left out
@@ -56,6 +57,7 @@ def evaluate(
                 position = torch.arange(len(labels), device=labels.device)
                 position, true = (position, labels) if labels.ndim == 1 else labels.nonzero(as_tuple=True)
                 confusion.index_put_((true, best[position, 0]), confusion.new_ones(()), accumulate=True)
+            ranks.whereabouts.enter("evaluation")  # the same phase again is progress
     for module in training:  # not model.train(): a part that its owner keeps in eval mode stays so
         module.training = True
     if confusion is not None:

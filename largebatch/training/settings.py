@@ -178,7 +178,7 @@ class ExecutionSettings(Section):
     `reduction: fast`, since a rank rounds what it has added up, which depends on the number of ranks."""
     delays: FreeOnResume[DelaySettings] = DelaySettings()
     timeout_minutes: FreeOnResume[float] = Field(10.0, gt=0, le=1e6)
-    """How long a rank waits for the others before it gives up."""
+    """How long a rank waits for others that make no progress before it names them and ends."""
 
     @model_validator(mode="after")
     def _compression_fits(self) -> ExecutionSettings:

@@ -218,6 +218,7 @@ class Trainer:
                     self._between_steps(facts, saves, progress)
                     clock.go_on()
         finally:
+            self.ranks.whereabouts.enter("checkpoint")
             self._saver.wait()
         clock.pause()
         self._check_saved(progress)
@@ -382,6 +383,7 @@ class Trainer:
         if facts.failed:
             self._check_saved(progress)
         if saves:
+            self.ranks.whereabouts.enter("checkpoint")
             self._last_save = time.monotonic()
             skipped_images = self._all_skipped_images()
             if self.ranks.is_main:

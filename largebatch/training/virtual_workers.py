@@ -13,6 +13,7 @@ from torch.futures import Future
 from largebatch.distributed.allreduce import AllReduce, BackendAllReduce
 from largebatch.distributed.environment import Ranks
 from largebatch.distributed.gradients import REDUCTIONS, GradientExchange, synchronise, wrap
+from largebatch.distributed.heartbeat import EXCHANGE
 from largebatch.distributed.kernels import deterministic
 from largebatch.distributed.reductions import Outcome
 from largebatch.distributed.small_sums import decode, encode
@@ -94,15 +95,14 @@ class VirtualWorkers:
         """Runs from each pass's forward until its gradients are there, and never while other ranks are waited for."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.reduction = REDUCTIONS[reduction](parameters, self._leaves, compression)
-        self._exchange = GradientExchange(
-            parameters, self.reduction, BackendAllReduce(ranks), on_last=self.own_compute.pause
-        )
+        self._exchange = GradientExchange(parameters, self.reduction, BackendAllReduce(ranks), on_last=self._only_wait)
         self._noise_images = noise_images
         self._probe = NoiseProbe(ranks, leaves=self._leaves, parameters=len(parameters)) if noise_images else None
         self._wrapped: nn.Module = model
         if ranks.distributed:
             options = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
-            self._wrapped = wrap(model, ranks, self._exchange, bucket_mb=bucket_mb, **options)
+            with ranks.whereabouts.waiting():
+                self._wrapped = wrap(model, ranks, self._exchange, bucket_mb=bucket_mb, **options)
         self._watch: BufferWatch | None = BufferWatch(model)
         self._pass: _Pass | None = None
         self._open = False
@@ -183,6 +183,8 @@ class VirtualWorkers:
             self.own_compute.pause()
             self._pass, self._open = None, False
             self._generators.restore(states)
+            if self._ranks.device.type == "cpu":  # a GPU's host has not waited yet
+                self._ranks.whereabouts.enter("between steps")
 
     @contextlib.contextmanager
     def exchange_by(self, allreduce: AllReduce) -> Iterator[None]:
@@ -207,6 +209,7 @@ class VirtualWorkers:
             self._small, self._total = None, None
             for leaf in self.deal.passes[self._ranks.rank]:
                 self._generators.seed(_STATISTICS_DRAWS, step, leaf)
+                self._ranks.whereabouts.enter("evaluation")
                 self.model(next(batches)[0])
                 self._add_small(self.batchnorm.batch)
             average += self._reduce_small()[0] / (self._leaves * steps)
@@ -217,6 +220,7 @@ class VirtualWorkers:
     def __call__(self, *inputs: Any) -> Any:
         """The model's output for one pass, through DDP if there are several ranks."""
         self.own_compute.go()
+        self._ranks.whereabouts.enter("forward")
         if self._pass is not None:
             self._pass.forwards += 1
             if self._delays is not None:
@@ -249,9 +253,14 @@ class VirtualWorkers:
         share = loss * (factor / self._leaves)
         if now.loss_scale is not None:
             share = share * now.loss_scale
+        self._ranks.whereabouts.enter("backward")
         with torch.autocast(self._ranks.device.type, enabled=False):
             share.backward()
         self.own_compute.pause()
+
+    def _only_wait(self) -> None:
+        self.own_compute.pause()
+        self._ranks.whereabouts.enter(EXCHANGE)
 
     def _passes(self, step: int, loss_scale: Tensor | None) -> Generator[range, None, None]:
         own = self.deal.passes[self._ranks.rank]
@@ -260,6 +269,7 @@ class VirtualWorkers:
             self._pass = _Pass(step, leaf, last=leaf == own[-1], loss_scale=loss_scale)
             self._exchange.begin_pass(leaf)
             self._generators.seed(_MODEL_DRAWS, step, leaf)
+            self._ranks.whereabouts.enter("loader", step)
             with synchronise(self._wrapped, last=self._pass.last):
                 yield workers
             if self._pass.backwards and not (self._pass.last and self._ranks.distributed):
@@ -282,7 +292,8 @@ class VirtualWorkers:
         assert self._small is not None, "every rank has a pass"
         if self._ranks.distributed:
             self._total = self._total or self._exchange.allreduce.start(self._small)
-            return decode(self._total.wait())
+            with self._ranks.whereabouts.waiting():
+                return decode(self._total.wait())
         return decode(self._small)
 
     def _finish_step(self, measure_noise: bool) -> None:
