@@ -79,6 +79,37 @@ def test_predictions_are_those_of_plain_torch_in_every_form(photos: Path, weight
     assert text[0] == f"{files[0]}  {first['class']} {100 * first['probability']:.1f} %"
 
 
+def test_probabilities_of_a_binary_loss_are_each_class_s_own(photos: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(photos / "run", tmp_path / "run"))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("name: cross_entropy", "name: bce"))
+    good = photos / "set/val/cat/0.jpg"
+    shown = json.loads(call("predict", run, good, "--json").out)["predictions"]
+    first, second = (torch.tensor(one["probability"], dtype=torch.float64) for one in shown)
+    # The logits' difference is that of the softmax, too.
+    assert float(first.logit() - second.logit()) == pytest.approx(
+        float(torch.tensor(in_plain_torch(run, [good]).max()).logit()), abs=1e-3
+    )
+    assert float(first + second) != pytest.approx(1)
+
+
+def test_averaged_weights_of_an_unfinished_run_are_those_of_its_checkpoint(photos: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(photos / "run", tmp_path / "run"))
+    finished = call("evaluate", run, "--weights", "ema").out
+    for name in ("model.pt", "model_ema.pt"):
+        (run / name).unlink()
+    assert call("evaluate", run, "--weights", "ema").out == finished
+
+
+def test_one_of_several_processes_does_not_predict(photos: Path, monkeypatch: Any) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LARGEBATCH_RENDEZVOUS", "file:///nowhere")
+    outcome = call("predict", photos / "run", photos / "set/val")
+    assert outcome.status == 2
+    assert "predict and export run in one process" in outcome.err
+
+
 def test_odd_files_are_read_as_in_validation_and_bad_ones_named(photos: Path, tmp_path: Path) -> None:
     good = photos / "set/val/cat/0.jpg"
     image = Image.open(good)

@@ -37,7 +37,7 @@ class BestWeights:
         self.state = {"metric": self._metric, "value": value, "step": step, "weights_sha256": digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, unless it is of another metric, or the file is not the one that it is about."""
+        """Resume from `state`, unless it is of another metric or describes another file than the one that is there."""
         if state.get("metric") != self._metric:
             return
         try:
@@ -49,7 +49,7 @@ class BestWeights:
             why = f"holds other weights than those of step {state['step']}"
         except (OSError, DataError, AttributeError) as error:
             why = str(error)
-        _log.warning("warning: %s: %s; checkpoint.keep_best starts anew", self._path, why)
+        _log.warning("warning: %s: %s; checkpoint.keep_best starts over", self._path, why)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
