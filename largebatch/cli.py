@@ -70,7 +70,7 @@ def train(
         Path | None, typer.Option(parser=folder_name, help="The run folder.  [default: runs/<config name>]")
     ] = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|never", help="Go on from what the run folder holds, or start anew.")
+        str, typer.Option(metavar="auto|never", help="Resume from the run folder, or start over.")
     ] = "auto",
 ) -> None:
     """Train. Start it by itself, with torchrun, or with srun: the result is the same for any number of ranks."""
@@ -98,7 +98,7 @@ def train(
 
 def _left_out(summary: dict[str, Any]) -> str:
     skipped = summary.get("skipped_steps", 0)
-    return f"; {skipped} updates were left out" if skipped else ""
+    return f"; {skipped} updates were skipped" if skipped else ""
 
 
 for _command in (evaluate, predict, export):
@@ -118,7 +118,7 @@ def plan(
             "--from",
             metavar="RUN",
             parser=folder_name,
-            help="Plan a run folder's config, and its useful minibatch.",
+            help="Plan a run folder's config, and its useful minibatch sizes.",
         ),
     ] = None,
     speeds: Annotated[
@@ -126,7 +126,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of text.")] = False,
 ) -> None:
-    """Say what a config means: minibatch, learning rate and why, steps, and who runs what."""
+    """Explain a config: minibatch, learning rate and why, steps, and which rank runs what."""
     from largebatch.plan import dealt_by_speed, describe, describe_deal, describe_limit, make_plan
 
     by_rank = _speeds(speeds, ranks)
@@ -184,13 +184,17 @@ def benchmark_diff(
 def benchmark(
     config: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[str | None, typer.Option(metavar="1,2,4", help="Every N.  [default: 1, 2, 4, ... all]")] = None,
-    mode: Annotated[str, typer.Option(metavar="weak|strong|both", help="Keep n and k/N, or keep kn.")] = "weak",
+    ranks: Annotated[
+        str | None, typer.Option(metavar="1,2,4", help="Numbers of ranks.  [default: 1, 2, 4, ... all]")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(metavar="weak|strong|both", help="weak keeps n and k/N, strong keeps kn.")
+    ] = "weak",
     workers_per_rank: Annotated[
         int | None, typer.Option(min=1, help="Virtual workers of a rank in weak scaling.  [default: k / largest N]")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="How often every window is measured.")] = 7,
-    window_seconds: Annotated[float, typer.Option(min=0.01, help="Shortest window.")] = 0.4,
+    rounds: Annotated[int, typer.Option(min=2, help="How many times each window is measured.")] = 7,
+    window_seconds: Annotated[float, typer.Option(min=0.01, help="Minimum length of a window.")] = 0.4,
     tune: Annotated[bool, typer.Option("--tune", help="Also try settings at the largest N.")] = False,
     predict: Annotated[str, typer.Option(metavar="64,256", help="Also predict these N.")] = "",
     network: Annotated[str | None, typer.Option(metavar="RATE", help="Network of the predicted nodes: 50gbit.")] = None,
@@ -204,7 +208,7 @@ def benchmark(
         Path | None, typer.Option(parser=folder_name, help="Results.  [default: runs/benchmark_<config name>]")
     ] = None,
 ) -> None:
-    """Measure how training scales over 1 to N ranks, where its step goes, and what more ranks would give."""
+    """Measure how training scales from 1 to N ranks, where the time goes, and what more ranks would achieve."""
     from largebatch.benchmark.options import MODES, Options, default_counts, parse_counts, parse_rate
 
     if mode not in MODES:
@@ -245,9 +249,9 @@ def verify(
         Path | None, typer.Option(parser=folder_name, help="For verify.json.  [default: runs/verify_<config name>]")
     ] = None,
 ) -> None:
-    """Show that a config's first steps give the same bits on 1, 2, ... N ranks and for any deal of its workers.
+    """Check that a config's first steps give the same bits on 1, 2, ... N ranks and for any deal of its workers.
 
-    Start it with torchrun or srun, like benchmark. Exit status 3 on a difference, whose module is named.
+    Start it with torchrun or srun, like benchmark. Names the module behind a difference and exits with status 3.
     """
     loaded = _load(config, overrides)
     from largebatch.distributed.environment import read_launch
@@ -261,14 +265,14 @@ def verify(
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG]", help="Also try what this YAML config needs.", show_default=False),
+        typer.Argument(metavar="[CONFIG]", help="Also check what this config needs.", show_default=False),
     ] = None,
     overrides: Overrides = None,
     run_dir: Annotated[Path, typer.Option(parser=folder_name, help="Where run folders will be.")] = Path("runs"),
     ranks: Annotated[int | None, typer.Option(help="Ranks on this machine.  [default: its GPUs]", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> int:
-    """Look over this machine: software, GPUs, network, memory, disk, loader. Exit status 1 if there is an error."""
+    """Check this machine: software, GPUs, network, memory, disk, loader. Exit status 1 if there is an error."""
     loaded = _load(config, overrides) if config is not None else None
     from largebatch.doctor.examine import examine
 
@@ -322,7 +326,7 @@ def data_fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="fashion-mnist, mnist or cifar10.", show_default=False)],
     root: Annotated[Path, typer.Option(help="The folder for data sets (data.root of a config).")] = Path("data"),
 ) -> None:
-    """Obtain a data set and verify its checksums; does nothing if it is there already."""
+    """Download a data set and verify its checksums; does nothing if it is already there."""
     from largebatch.data.fetch import fetch
 
     fetch(name, root)
@@ -370,7 +374,7 @@ Experiments = Annotated[
     list[str],
     typer.Argument(metavar="EXPERIMENT...", help="Names of `config list`, or YAML files.", show_default=False),
 ]
-ScaleName = Annotated[str, typer.Option("--scale", metavar="smoke|cpu|gpu|paper", help="How large.")]
+ScaleName = Annotated[str, typer.Option("--scale", metavar="smoke|cpu|gpu|paper", help="Size of the experiment.")]
 RunsFolder = Annotated[Path, typer.Option("--out", parser=folder_name, help="Where the run folders are.")]
 
 
@@ -386,7 +390,7 @@ def reproduce_run(
         str, typer.Option(metavar="local|slurm", help="Run here, or submit a Slurm array of the runs.")
     ] = "local",
 ) -> int:
-    """Train what is left of the runs; the same command goes on after a kill. Exit status 1 if a run failed."""
+    """Train the unfinished runs; after a kill the same command resumes. Exit status 1 if a run failed."""
     from largebatch.reproduce.command import run, submit
 
     if launcher not in ("local", "slurm"):
@@ -398,7 +402,7 @@ def reproduce_run(
 def reproduce_status(
     experiments: Experiments, scale: ScaleName = "smoke", out: RunsFolder = Path("runs/reproduce")
 ) -> None:
-    """Say where every row stands; may be asked at any time."""
+    """Show the state of every row; works at any time."""
     from largebatch.reproduce.command import status
 
     status(experiments, _scale(scale), out)
@@ -411,13 +415,13 @@ def reproduce_report(
     out: RunsFolder = Path("runs/reproduce"),
     into: Annotated[Path, typer.Option(parser=folder_name, help="Where reports go.")] = Path("results/reproduce"),
     readme: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also renew this file's block between the markers.")
+        Path | None, typer.Option(metavar="FILE", help="Also update the block between this file's markers.")
     ] = None,
     from_json: Annotated[
         bool, typer.Option("--from-json", help="From the JSON of an earlier report instead of runs.")
     ] = False,
 ) -> None:
-    """Write tables, plots and the JSON that they are made of, from the runs that have ended."""
+    """Write tables, plots and the JSON behind them from the runs that have ended."""
     from largebatch.reproduce.command import report
 
     report(experiments, _scale(scale), out, into, readme, from_json=from_json)
@@ -513,7 +517,7 @@ def _run(arguments: list[str] | None) -> int:
         return exit_.exit_code
     except typer.Abort:
         command = arguments if arguments is not None else sys.argv[1:]
-        kept = "; what the newest checkpoint holds is kept, and the same command resumes from it"
+        kept = "; the same command resumes from the newest checkpoint"
         _complain(f"interrupted{kept if command[:1] == ['train'] else ''}")
         return 130
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What may go wrong in a way that the user can mend, and the exit status of each."""
+"""Errors that the user can fix, and the exit status of each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckpointError(UserError):
 
 
 class Preempted(Exception):
-    """Asked by a signal to stop; a checkpoint is written. Exit status 75: the same command goes on."""
+    """Asked by a signal to stop; a checkpoint is written. Exit status 75: the same command resumes."""
 
     exit_status = EXIT_PREEMPTED
 

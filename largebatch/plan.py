@@ -209,7 +209,7 @@ def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[st
         )
     if len(set(workers)) > 1:
         found.append(
-            f"{batch.virtual_workers} virtual workers on {len(workers)} ranks come out uneven "
+            f"{batch.virtual_workers} virtual workers on {len(workers)} ranks are dealt unevenly "
             f"({max(workers)} on some, {min(workers)} on others): the result is the same, but ranks with fewer wait"
         )
     return found + [text for odd, text in _odd_combinations(config, schedule) if odd]

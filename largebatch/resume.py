@@ -50,8 +50,8 @@ def check_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
     found = [text for part in now if part in before and (text := changes(before[part], now[part], part))]
     if found:
         raise UserError(
-            f"data.root: {'; '.join(found)}. The run was trained on the data as they were: put them back (to leave out "
-            "a damaged file, keep it and set data.on_error=skip), start anew in another folder, or set "
+            f"data.root: {'; '.join(found)}. The run was trained on the original data: restore them (to skip "
+            "a damaged file, keep it and set data.on_error=skip), start over in another folder, or set "
             "data.on_change=accept"
         )
 

@@ -151,11 +151,11 @@ def _train_connected(
                     "differ in its last bits from that of equal ones, and depends on which rank has which"
                 )
             if done:
-                progress.note(f"going on from step {done} of {total}")
+                progress.note(f"resuming from step {done} of {total}")
             if state is not None and state.devices != trainer.devices:
                 progress.note(
                     f"warning: resumed on {'; '.join(trainer.devices)}, after {'; '.join(state.devices)}: the last "
-                    "bits may differ from those of a run without a stop"
+                    "bits may differ from those of an uninterrupted run"
                 )
             if current.batch.virtual_workers != resolved.batch.virtual_workers and resize is None:
                 progress.note(
@@ -301,7 +301,7 @@ def unsaved_trainer(config: Config, ranks: Ranks, sources: tuple[ImageSource, Im
 def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
     """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end.
 
-    Raises HealthError, after that, if more than half of its updates were left out.
+    Raises HealthError, after that, if more than half of its updates were skipped.
     """
     weights, averages = trainer.evaluated_weights(), None
     summary = trainer.summary() | {"weights_sha256": digest_of(weights)}
@@ -312,7 +312,7 @@ def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]
     ranks.from_main(lambda: folder.write_end(weights, averages, summary, warn=_warn))
     if 2 * trainer.skipped_steps > trainer.step:
         raise HealthError(
-            f"{trainer.skipped_steps} of {trainer.step} updates were left out, since they were not finite: this run "
-            "has not trained as its recipe says. Lower schedule.reference_lr, warm up longer, or look at the images"
+            f"{trainer.skipped_steps} of {trainer.step} updates were skipped, since they were not finite: this run "
+            "has not followed its recipe. Lower schedule.reference_lr, warm up longer, or look at the images"
         )
     return summary

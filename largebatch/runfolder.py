@@ -80,15 +80,15 @@ class RunFolder:
             str(self.path).encode()
         except UnicodeEncodeError:
             name = printable(str(self.path))
-            raise UserError(f"--run-dir: {name}: is not UTF-8, and TensorBoard writes no other; rename it") from None
+            raise UserError(f"--run-dir: {name}: is not UTF-8, which TensorBoard requires; rename it") from None
 
     def check_config(self, config: Config) -> None:
         """Raise UserError unless what is here was trained with `config`."""
         if not os.path.exists(self._config):
             if self.has_checkpoints:
                 raise UserError(
-                    f"--run-dir: {self.path} holds checkpoints but no config.yaml that says of what; choose another "
-                    "folder, or start anew with --resume never (which deletes them)"
+                    f"--run-dir: {self.path} holds checkpoints but no config.yaml; choose another "
+                    "folder, or start over with --resume never (which deletes them)"
                 )
             return
         changed = differences(read_config(self._config), config)
@@ -139,7 +139,7 @@ class RunFolder:
         if not self._model.exists():
             return None
         print(
-            f"{self.path} holds this run, finished; nothing is left to do (--resume never starts it anew)", flush=True
+            f"{self.path} holds this run, already finished; nothing to do (--resume never starts it over)", flush=True
         )
         return summary
 
@@ -246,7 +246,7 @@ class RunFolder:
         else:
             data = self.checkpoints().newest(warn)
             if data is None:
-                raise DataError(f"{self._checkpoints}: no whole checkpoint to evaluate")
+                raise DataError(f"{self._checkpoints}: no intact checkpoint to evaluate")
             state = deserialise(data, device)
             name, weights = f"the checkpoint of step {state.step}", state.model
             if which == "ema":

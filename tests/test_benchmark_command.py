@@ -253,7 +253,7 @@ def test_without_a_launcher_the_line_to_type_is_printed(tmp_path: Path) -> None:
         (("--ranks", "two"), "--ranks: 'two' is not a list"),
         (("--network", "quick"), "--network: 'quick' is not a rate"),
         (("--run-dir", "tiny.yaml"), "--run-dir: tiny.yaml cannot be made (File exists)"),
-        (("--predict", "8"), "--predict: nothing is measured on several ranks"),
+        (("--predict", "8"), "--predict: nothing was measured on several ranks"),
     ],
 )
 def test_wrong_options_are_told_in_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

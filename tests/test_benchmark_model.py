@@ -196,7 +196,7 @@ def test_with_one_n_nothing_can_be_left_out() -> None:
 
 
 def test_a_result_of_one_rank_says_nothing_of_communication() -> None:
-    with pytest.raises(UserError, match="nothing is measured on several ranks"):
+    with pytest.raises(UserError, match="nothing was measured on several ranks"):
         fit([_result(None, ())])
 
 
@@ -213,7 +213,7 @@ def test_several_nodes_are_refused_when_nothing_between_nodes_is_known() -> None
     "options", [Options(ranks=(1,), predict=(8,)), Options(ranks=(1, 2), mode="strong", predict=(8,))]
 )
 def test_a_prediction_without_weak_scaling_over_several_ranks_is_refused_before_measuring(options: Options) -> None:
-    with pytest.raises(UserError, match="nothing is measured on several ranks"):
+    with pytest.raises(UserError, match="nothing was measured on several ranks"):
         check_forecast(options, 8, 8)
 
 

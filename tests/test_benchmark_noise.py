@@ -65,7 +65,7 @@ def test_noise_is_marked_and_an_earlier_result_is_kept(tmp_path: Path) -> None:
     page = (tmp_path / "benchmark.md").read_text()
     assert "| 2 * |" in page
     assert "data wait -389.00 ms, below zero" in page
-    assert "no prediction: it would rest on noise" in page
+    assert "no prediction: it would be based on noise" in page
     assert set(PLOTS) - {path.name for path in tmp_path.iterdir()} == {"prediction.png"}
     assert scaling_table(result["measurements"])[1][2][1] == "2 *"
 

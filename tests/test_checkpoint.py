@@ -326,7 +326,7 @@ class TestRunsCheckpoints:
         outcome = train_digits(run_dir, 2)[0]
         assert "warning: checkpoint" in outcome.out
         assert "step_00000016" in outcome.out
-        assert "going on from step 15 of 16" in outcome.out
+        assert "resuming from step 15 of 16" in outcome.out
         assert tensor_hashes(run_dir) == tensor_hashes(finished)
         assert records(run_dir) == records(finished)
 

@@ -21,7 +21,7 @@ IMAGENET = str(ROOT / "configs/imagenet_resnet50_8k.yaml")
 # What scripts rely on: these stay. Commands may be added.
 FROZEN = {
     "train": {"CONFIG", "[section.key=value]...", "--run-dir", "--resume"},
-    "evaluate": {"RUN", "[section.key=value]..."},
+    "evaluate": {"RUN", "[section.key=value]...", "--on", "--out", "--per-class", "--weights"},
     "plan": {"[CONFIG]", "[section.key=value]...", "--ranks", "--json", "--from", "--speeds"},
     "config show": {"CONFIG", "[section.key=value]..."},
     "config schema": set(),
@@ -131,7 +131,7 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "ranks_a_word": (["plan", DIGITS, "--ranks", "two"], "--ranks"),
     "ranks_beyond_k": (["plan", DIGITS, "--ranks", "9"], "too few for 9 ranks"),
     "speeds_0": (["plan", DIGITS, "--speeds", "1,0"], "--speeds: '1,0' is not a list of numbers"),
-    "speeds_of_others": (["plan", DIGITS, "--speeds", "1,2", "--ranks", "3"], "are 2 ranks, and --ranks says 3"),
+    "speeds_of_others": (["plan", DIGITS, "--speeds", "1,2", "--ranks", "3"], "are those of 2 ranks, and"),
     "no_run": (["evaluate", "/nope"], "no model.pt here"),
     "run_a_file": (["evaluate", DIGITS], "no model.pt here"),
     "unknown_set": (["data", "fetch", "mnits"], "unknown set"),
@@ -155,7 +155,7 @@ BAD_OVERRIDES = {
     "minibatch_beyond_the_set": ("batch.virtual_workers=1000", "more than the 270 training images"),
     "passes_that_do_not_divide": ("execution.workers_per_pass=3", "3 does not divide batch.virtual_workers 8"),
     "unknown_model": ("model.name=resnet9", "did you mean"),
-    "model_that_is_none": ("model.name=os:path", "no function or class"),
+    "model_that_is_none": ("model.name=os:path", "not a function or class"),
     "model_that_cannot_be_made": ("model.name=torch.nn:Linear", "failed when called"),
     "model_without_parameters": ("model.name=torch.nn:Identity", "has no parameters to train"),
     "own_set_that_is_missing": ("data.name=nowhere:f", "cannot be imported"),

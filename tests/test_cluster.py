@@ -75,7 +75,7 @@ def test_a_host_is_lost_in_mid_epoch(tmp_path: Path, undisturbed: dict[str, str]
         job.quick.touch()
         assert [agent.wait(120) for agent in agents[:2]] == [0, 0]
         assert starts(job.log)[-1] == 2
-        assert "going on from step" in job.log.read_text()
+        assert "resuming from step" in job.log.read_text()
         assert tensor_hashes(job.run) == undisturbed
 
 
@@ -118,5 +118,5 @@ def test_the_host_of_the_rendezvous_is_lost_in_mid_epoch(tmp_path: Path, undistu
         assert "Start the same command again" in before
         assert newest < STEPS
         assert statuses == [0, 0]
-        assert f"going on from step {newest} of {STEPS}" in after
+        assert f"resuming from step {newest} of {STEPS}" in after
         assert tensor_hashes(job.run) == undisturbed

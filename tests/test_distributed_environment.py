@@ -300,7 +300,7 @@ def test_ranks_that_cannot_meet_say_so() -> None:
     """Rank 1 of 2, and nobody else comes."""
     launch = Launch(1, 2, 1, 2, "environment", "tcp://127.0.0.1:1")
     with (
-        pytest.raises(UserError, match=r"the 2 ranks \(environment, tcp://127.0.0.1:1\) could not meet"),
+        pytest.raises(UserError, match=r"the 2 ranks \(environment, tcp://127.0.0.1:1\) could not connect"),
         connect(launch, device="cpu", timeout_seconds=1.0),
     ):
         pass
@@ -316,7 +316,7 @@ def test_another_program_on_the_port_is_no_reason_to_wait_for_ever() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         launch = Launch(1, 2, 1, 2, "environment", f"tcp://127.0.0.1:{silent.getsockname()[1]}")
         with (
-            pytest.raises(UserError, match=r"another program listens there|could not meet"),
+            pytest.raises(UserError, match=r"another program listens there|could not connect"),
             connect(launch, device="cpu", timeout_seconds=1.0),
         ):
             pytest.fail("nobody can be met here")

@@ -22,7 +22,7 @@ def test_under_torchrun_the_rank_that_never_comes_is_named() -> None:
     others = [threading.Thread(target=come, args=(rank,)) for rank in (1, 3)]
     for thread in others:
         thread.start()
-    with pytest.raises(UserError, match=r"rank 2 of 4 did not come within 0\.0333333 minutes"):
+    with pytest.raises(UserError, match=r"rank 2 of 4 did not join within 0\.0333333 minutes"):
         name_attempt(store, rank=0, world_size=4, timeout=datetime.timedelta(seconds=2))
     for thread in others:
         thread.join(timeout=30)

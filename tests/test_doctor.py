@@ -123,7 +123,7 @@ class TestMachine:
         assert "MB/s" in machine.check_disk(tmp_path / "not/there/yet", Demand()).seen
         full = machine.check_disk(tmp_path, Demand(checkpoints=2**60))
         assert verdict(full) == "error"
-        assert "the checkpoints that are kept need 1.049e+06 TiB" in full.remedy
+        assert "the kept checkpoints need 1.049e+06 TiB" in full.remedy
         assert list(tmp_path.iterdir()) == []
 
     def test_a_full_disk_without_a_config(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ class TestCommand:
     def test_a_config_is_tried(self, tmp_path: Path) -> None:
         done = call("doctor", DIGITS, "--run-dir", tmp_path, "--ranks", "2", "--json")
         findings = {found["subject"]: found for found in json.loads(done.out)}
-        assert "images/s a rank" in findings["loader"]["seen"]
+        assert "images/s per rank" in findings["loader"]["seen"]
         assert findings["precision"]["seen"] == "fp32 on cpu"
         assert "for 2 x (1 threads + 0 loaders)" in findings["cores"]["seen"]
 
@@ -299,7 +299,7 @@ class TestCommand:
         # 3 ranks x 1 process x 2 passes of 4 images of 16 x 16 x 3 bytes
         assert findings["shared memory"].endswith("for 18 KiB of images kept ready")
         assert "for 3 x (1 threads + 1 loaders)" in findings["cores"]
-        assert "images/s a rank" in findings["loader"]
+        assert "images/s per rank" in findings["loader"]
 
     def test_a_config_whose_data_is_missing_is_an_error(self, tmp_path: Path) -> None:
         done = call("doctor", DIGITS, "data.name=mnist", f"data.root={tmp_path}/none", "--run-dir", tmp_path)

@@ -107,7 +107,7 @@ def number(logits: Tensor, targets: Tensor) -> float:
         ("constant", "has no gradient"),
         ("number", "returned 1.0; return the mean"),
         ("Learned", "has parameters, which nothing trains"),
-        ("CLASSES", "is no function or class"),
+        ("CLASSES", "is not a function or class"),
         ("focla", "has no 'focla'; did you mean 'focal'"),
     ],
 )

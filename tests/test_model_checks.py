@@ -171,7 +171,7 @@ def test_outputs_must_be_as_many_as_classes(outputs: int) -> None:
         ("lazy", "lazy layers, 'fc.weight'"),
         ("lazybuffer", "lazy layers, 'bn.running_mean'"),
         ("meta", "'fc.weight' is on the meta device"),
-        ("memory", "'fc.weight' and 'twin.weight' are two that share their memory"),
+        ("memory", "'fc.weight' and 'twin.weight' share their memory"),
         ("frozen", "no parameters to train"),
         ("inf", "'fc.bias' has values that are not finite"),
     ],
@@ -184,7 +184,7 @@ def test_tensors_that_cannot_be_trained_are_named(what: str, words: str) -> None
 
 
 def test_parameters_that_the_loss_does_not_reach_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"does not reach the parameter 'spare.weight' and 1 more"):
+    with pytest.raises(ConfigError, match=r"does not depend on the parameter 'spare.weight' and 1 more"):
         check(make("Changed", arguments={"what": "unused"}))
     check(make("tied"))
 

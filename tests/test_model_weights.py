@@ -118,7 +118,7 @@ def test_a_file_that_does_not_fit_is_an_error_that_lists_names(
 def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.pt does not exist"):
         make(init_from=str(tmp_path / "nowhere.pt"))
-    with pytest.raises(ConfigError, match=r"holds neither .* nor a whole checkpoint"):
+    with pytest.raises(ConfigError, match=r"holds neither .* nor an intact checkpoint"):
         make(init_from=str(tmp_path))
     with pytest.raises(ConfigError, match="resnet18 has no such weights; did you mean 'IMAGENET1K_V1'"):
         make(name="resnet18", init_from="torchvision:IMAGENET1K_V")
@@ -127,10 +127,10 @@ def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"init_from": "timm"}, "timm is for models of timm"),
-        ({"init_from": "torchvision:DEFAULT"}, "is for models of torchvision"),
-        ({"name": "resnet18", "init_from": "w.pt", "arguments": {"weights": "DEFAULT"}}, "two starts"),
-        ({"name": "timm:"}, "has no name"),
+        ({"init_from": "timm"}, "timm is for timm models"),
+        ({"init_from": "torchvision:DEFAULT"}, "is for torchvision models"),
+        ({"name": "resnet18", "init_from": "w.pt", "arguments": {"weights": "DEFAULT"}}, "both give initial weights"),
+        ({"name": "timm:"}, "lacks a model name"),
     ],
 )
 def test_sources_of_another_kind_of_model_are_refused(keys: dict[str, Any], words: str) -> None:

@@ -217,8 +217,8 @@ def test_own_model_gets_what_its_signature_names() -> None:
             ["cannot be imported", "SystemExit", "broken_module_of_the_test.py:2"],
         ),
         ("own_models_of_the_test:Nett", ["has no 'Nett'", "did you mean 'Net'?"]),
-        ("own_models_of_the_test:constant", ["is no function or class"]),
-        ("own_models_of_the_test:nothing", ["returned a dict, no nn.Module"]),
+        ("own_models_of_the_test:constant", ["is not a function or class"]),
+        ("own_models_of_the_test:nothing", ["returned a dict, not an nn.Module"]),
         ("own_models_of_the_test:lazy", ["lazy layers"]),
         (
             "own_models_of_the_test:broken",

@@ -113,9 +113,9 @@ def test_a_checkpoint_holds_plain_values() -> None:
 def test_workers_per_rank_stay() -> None:
     assert rescaled_workers(8, 1, 2, 3) == 12
     assert rescaled_workers(12, 3, 2, 3) == 18
-    with pytest.raises(ConfigError, match="8 on 3 ranks came out uneven"):
+    with pytest.raises(ConfigError, match="8 on 3 ranks were uneven"):
         rescaled_workers(8, 1, 3, 2)
-    with pytest.raises(ConfigError, match=r"12 \(execution.workers_per_pass: 3\) on 3 ranks came out uneven"):
+    with pytest.raises(ConfigError, match=r"12 \(execution.workers_per_pass: 3\) on 3 ranks were uneven"):
         rescaled_workers(12, 3, 3, 2)  # 4 passes: 3, 3 and 6 workers
 
 

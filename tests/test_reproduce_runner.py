@@ -120,7 +120,7 @@ def test_what_is_done_is_not_done_again_and_what_changed_is_told(experiment: Pat
 
     again = call("reproduce", "run", *asked)
     assert again.status == 0
-    assert "2 runs (1 more are the same as one of these), of which 2 are there already" in again.out
+    assert "2 runs (1 more are the same as one of these), of which 2 are already done" in again.out
     assert {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()} == written
 
     experiment.write_text(one_seed.replace("name: large,", "name: large, config: {optimizer: {momentum: 0.5}},"))
@@ -128,7 +128,7 @@ def test_what_is_done_is_not_done_again_and_what_changed_is_told(experiment: Pat
     assert changed.status == 0
     assert "small: large (seed 0): to be run again, because optimizer.momentum: was 0.9, now 0.5" in changed.out
     assert "small (seed 0)" not in changed.out
-    assert "3 runs, of which 2 are there already" in changed.out
+    assert "3 runs, of which 2 are already done" in changed.out
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(experiment: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_run_that_was_killed_before_its_summary_has_the_same_one(run_dir: Path
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("schedule.epochs=3", "evaluate takes overrides of data, execution and evaluation"),
+        ("schedule.epochs=3", "evaluate accepts overrides of data, execution and evaluation"),
         ("data.val_images=50", "data.root: the validation set had 101 images, now 50"),
         ("data.name=mnist", "MNIST"),
     ],

@@ -119,7 +119,7 @@ def test_workers_that_do_not_come_out_even_are_refused(
         world_size = 2
     outcomes = call_on(world_size, "train", DIGITS, "--run-dir", folder, *SMALL, *RESCALE)
     assert [outcome.status for outcome in outcomes] == [2] * world_size
-    assert "8 on 3 ranks came out uneven" in outcomes[0].err
+    assert "8 on 3 ranks were uneven" in outcomes[0].err
     assert not any("Traceback" in outcome.err for outcome in outcomes)
 
 

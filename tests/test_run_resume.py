@@ -72,7 +72,7 @@ def test_killed_in_mid_epoch_on_4_and_gone_on_with_on_3(undisturbed: Path, tmp_p
     train_digits_until_killed(tmp_path, 4, 3)
     assert saved_steps(tmp_path)[-1] < 8, "killed within the first epoch"
     outcomes = train_digits(tmp_path, 3)
-    assert "going on from step" in outcomes[0].out
+    assert "resuming from step" in outcomes[0].out
     assert_invisible(undisturbed, tmp_path)
     assert summary(tmp_path)["world_size"] == 3
 
@@ -107,7 +107,7 @@ def test_stopped_right_after_a_checkpoint(undisturbed: Path, tmp_path: Path, ste
         run_ranks(_die_after_saving, 1, command, step)
     assert saved_steps(tmp_path)[-1] == step
     assert not (tmp_path / "model.pt").exists()
-    assert f"going on from step {step} of 16" in train_digits(tmp_path, 1, EVERY_STEP)[0].out
+    assert f"resuming from step {step} of 16" in train_digits(tmp_path, 1, EVERY_STEP)[0].out
     assert_invisible(undisturbed, tmp_path)
 
 
@@ -145,7 +145,7 @@ class TestFinishedRun:
         printed = summary(run_dir)
         outcomes = train_digits(run_dir, 2)
         assert f"top-1 error {printed['top1_error']:.2f} %" in outcomes[0].out
-        assert "nothing is left to do" in outcomes[0].out
+        assert "nothing to do" in outcomes[0].out
         assert outcomes[1].out == ""
         assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 

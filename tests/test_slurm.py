@@ -90,7 +90,7 @@ def test_an_array_and_a_signal_to_one_of_its_tasks(slurm: Hosts, tmp_path: Path)
     expected = one_process(tmp_path / "undisturbed", *LONG)
     finish(slurm, job, log)
     assert "asks to be requeued" in (tmp_path / "log-1").read_text()
-    assert "going on from step" in (tmp_path / "log-1").read_text()
+    assert "resuming from step" in (tmp_path / "log-1").read_text()
     assert "requeued" not in (tmp_path / "log-0").read_text()
     assert tensor_hashes(tmp_path / "run-0") == expected
     assert tensor_hashes(tmp_path / "run-1") == expected
@@ -125,7 +125,7 @@ def test_out_of_time(slurm: Hosts, tmp_path: Path) -> None:
     expected = one_process(tmp_path / "undisturbed", *longer)
     said = finish(slurm, job, log, timeout=500)
     assert "asks to be requeued" in said
-    assert "going on from step" in said
+    assert "resuming from step" in said
     assert tensor_hashes(tmp_path / "run") == expected
 
 

@@ -126,7 +126,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_all_ranks(undisturbed: Path, 
             assert "step_00000008" in outcome.err
             assert "Traceback" not in outcome.err
     assert saved_steps(tmp_path) == [3, 6]
-    assert "going on from step 6 of 16" in run_to_the_end(1, tmp_path)[0].out
+    assert "resuming from step 6 of 16" in run_to_the_end(1, tmp_path)[0].out
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
 
 
@@ -249,7 +249,7 @@ def test_a_disk_that_is_really_full(undisturbed: Path, tmp_path: Path, on_error:
         assert 3 <= kept < 16
         filler.unlink()
         out = run_to_the_end(1, run_dir)[0].out
-        assert f"going on from step {kept} of 16" in out
+        assert f"resuming from step {kept} of 16" in out
         assert "damaged" not in out
         assert tensor_hashes(run_dir) == tensor_hashes(undisturbed)
         steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

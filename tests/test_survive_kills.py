@@ -54,7 +54,7 @@ def test_killed_at_a_random_moment(
     # One checkpoint may have been on its way to the disk: the one before it is never lost.
     assert reached - saved <= 2 * CADENCE
     out = run_to_the_end(then, tmp_path, *OFTEN)[0].out
-    assert f"going on from step {saved} of 16" in out or saved in (0, 16)
+    assert f"resuming from step {saved} of 16" in out or saved in (0, 16)
     assert "damaged" not in out
     assert_same_end(tmp_path, undisturbed)
 
@@ -102,7 +102,7 @@ def test_killed_while_a_checkpoint_is_written(undisturbed: Path, tmp_path: Path,
     # Training may have gone on while the checkpoint was written, and never began another.
     assert newest_step(tmp_path) == 8
     out = run_to_the_end(2, tmp_path, *OFTEN)[0].out
-    assert "going on from step 8 of 16" in out
+    assert "resuming from step 8 of 16" in out
     assert_same_end(tmp_path, undisturbed)
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
@@ -184,7 +184,7 @@ def test_an_agent_restarts_a_killed_rank(
     os.kill(first[1], signal.SIGKILL)
     out, _ = agent.communicate(timeout=100)
     assert agent.returncode == 0, out
-    assert "going on from step" in out
+    assert "resuming from step" in out
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
     until(lambda: alive(first) == [])
 
@@ -203,7 +203,7 @@ def test_a_killed_agents_ranks_stop_by_themselves(
     # At once, while the orphans may still be there: they let go of the folder.
     out = run_to_the_end(3, tmp_path, "checkpoint={every_steps: 1, keep: 3}")[0].out
     until(lambda: alive(ranks) == [])
-    assert "going on from step" in out
+    assert "resuming from step" in out
     assert tensor_hashes(tmp_path) == tensor_hashes(undisturbed)
 
 

@@ -123,7 +123,7 @@ def test_two_processes_of_one_rank(tmp_path: Path) -> None:
     ranks = {0: "0", 1: "1", 2: "1"}
     refused(
         lambda r: {"RANK": ranks[r], "WORLD_SIZE": "3"},
-        "two processes say that they are rank 1 of 3",
+        "two processes claim to be rank 1 of 3",
         world_size=3,
         arguments=training(tmp_path),
     )

@@ -36,7 +36,7 @@ def step_stopped_at(outcomes: list[Outcome], run_dir: Path) -> int:
 
 
 def assert_goes_on(undisturbed: Path, run_dir: Path, step: int, world_size: int) -> None:
-    assert f"going on from step {step} of 16" in run_to_the_end(world_size, run_dir)[0].out
+    assert f"resuming from step {step} of 16" in run_to_the_end(world_size, run_dir)[0].out
     assert tensor_hashes(run_dir) == tensor_hashes(undisturbed)
     assert records(run_dir) == records(undisturbed)
 

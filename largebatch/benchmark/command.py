@@ -143,7 +143,7 @@ def write(result: dict[str, Any], run_dir: Path, note: Note) -> None:
     if noise:
         notes["Scaling"] = noise
     if "prediction" in result and result["prediction"] is None:
-        notes["Scaling"] = [*noise, "no prediction: it would rest on noise"]
+        notes["Scaling"] = [*noise, "no prediction: it would be based on noise"]
     elif "prediction" in result:
         tables["Prediction (weak scaling)"] = prediction_table(result["prediction"])
         notes["Prediction (weak scaling)"] = prediction_notes(result["prediction"])

@@ -24,7 +24,7 @@ from largebatch.errors import UserError
 ALGORITHM = "ring"
 """How the all-reduce is modelled: gloo's all-reduce is a ring, and NCCL's over one buffer behaves as one."""
 NOTHING_MEASURED = (
-    "--predict: nothing is measured on several ranks in weak scaling, so nothing is known of communication; use --mode "
+    "--predict: nothing was measured on several ranks in weak scaling, so communication is unknown; use --mode "
     "weak or both, and --ranks with at least one N above 1"
 )
 Result = Mapping[str, Any]

@@ -24,7 +24,7 @@ class Options:
     rounds: int = 7
     """How often every kind of window is measured."""
     window_seconds: float = 0.4
-    """Shortest window."""
+    """Minimum length of a window."""
     largest_allreduce: int = 64 << 20
     """Bytes of the largest all-reduce that is measured by itself."""
     tune: bool = False

@@ -124,7 +124,7 @@ def prediction_notes(prediction: Mapping[str, Any]) -> list[str]:
         f"leave-one-out error of the step: {found}"
         if errors
         else "leave-one-out error: unknown; it takes at least two N above 1 (--ranks 1,2,3)",
-        f"parameters (seconds, bytes; fitted, but for what is assumed): {parameters}",
+        f"parameters (seconds, bytes; fitted unless listed as assumed): {parameters}",
         *(f"assumed: {assumption}" for assumption in prediction["assumptions"]),
         "two level is left out where it is one of the others: on one node a ring, on nodes of up to 3 ranks halving "
         "and doubling",

@@ -1,4 +1,4 @@
-"""`largebatch data index DIR`: an index for WebDataset shards that are there already (`largebatch.data.shards`)."""
+"""`largebatch data index DIR`: an index for WebDataset shards that are already done (`largebatch.data.shards`)."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def choose_device(device: str, launch: Launch) -> torch.device:
     count = torch.cuda.device_count()
     if count == 0:
         raise UserError(
-            "execution.device: 'cuda', but torch sees no GPU here; choose 'cpu' or 'auto', or mend the driver"
+            "execution.device: 'cuda', but torch sees no GPU here; choose 'cpu' or 'auto', or fix the driver"
         )
     return torch.device("cuda", launch.local_rank % count)
 
@@ -316,7 +316,7 @@ def _meet(launch: Launch, ranks: Ranks, timeout_seconds: float) -> dist.Store:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the {launch.world_size} ranks ({launch.launcher}, {launch.init_method}) could not meet: {error}"
+            f"the {launch.world_size} ranks ({launch.launcher}, {launch.init_method}) could not connect: {error}"
         ) from error
     return store
 

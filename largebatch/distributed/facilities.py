@@ -20,5 +20,5 @@ def try_rendezvous(host: str) -> int:
     )
     store.set("here", "yes")
     if store.get("here") != b"yes":
-        raise RuntimeError("the store answers something else than what was put into it")
+        raise RuntimeError("the store returned another value than was stored")
     return store.port

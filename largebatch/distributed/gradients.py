@@ -100,7 +100,7 @@ class GradientExchange:
             if frozen := sum(not p.requires_grad for p in self.parameters):
                 raise UserError(
                     f"{frozen} of the model's {len(self.parameters)} trainable parameters were frozen after "
-                    "VirtualWorkers was made; freeze them before, or make it anew"
+                    "VirtualWorkers was made; freeze them first, or create it again"
                 )
             raise UserError(
                 f"{len(self.parameters) - len(found)} of the model's {len(self.parameters)} trainable parameters got "

@@ -31,7 +31,7 @@ def open_store(init_method: str, rank: int, world_size: int, timeout: datetime.t
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     file = urlsplit(init_method) if init_method.startswith("file://") else None
     if file is not None and not os.path.isdir(os.path.dirname(file.path)):
-        raise UserError(f"{init_method}: there is no such folder; name a file in one that all ranks see")
+        raise UserError(f"{init_method}: no such folder; name a file in a folder that all ranks can see")
     if host is None or port is None:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=timeout))
         return store
@@ -81,12 +81,16 @@ def call_roll(store: dist.Store, *, rank: int, world_size: int, backend: str, ti
         _object(
             store,
             rank,
-            f"two processes say that they are rank {rank} of {world_size}; give each its own RANK (torchrun and srun "
+            f"two processes claim to be rank {rank} of {world_size}; give each its own RANK (torchrun and srun "
             "do), and let no process of an earlier start, nor its rendezvous file, be there any more",
         )
     theirs = store.compare_set("group", "", own).decode()
     if theirs != own:
-        _object(store, rank, f"rank {rank} was started with {own}, another rank with {theirs}; start all of them alike")
+        _object(
+            store,
+            rank,
+            f"rank {rank} was started with {own}, another rank with {theirs}; start all of them in the same way",
+        )
     deadline = time.monotonic() + timeout.total_seconds()
     here = store.add("here", 1)
     while here < world_size:
@@ -124,15 +128,15 @@ def name_attempt(store: dist.Store, *, rank: int, world_size: int, timeout: date
         if is_new and store.check([f"{name}/go"]):
             return name
         time.sleep(_POLL_SECONDS)
-    raise UserError(f"not all of the {world_size} ranks came within {timeout.total_seconds() / 60:g} minutes")
+    raise UserError(f"not all of the {world_size} ranks joined within {timeout.total_seconds() / 60:g} minutes")
 
 
 def _missing(store: dist.Store, prefix: str, ranks: range, timeout: datetime.timedelta) -> UserError:
     """The error that names those of `ranks` that have left nothing in the store."""
     missing = [str(rank) for rank in ranks if not store.check([f"{prefix}/{rank}"])]
     return UserError(
-        f"rank {', '.join(missing)} of {ranks.stop} did not come within {timeout.total_seconds() / 60:g} minutes "
-        "(execution.timeout_minutes); look at what that process says, and whether it reaches this host"
+        f"rank {', '.join(missing)} of {ranks.stop} did not join within {timeout.total_seconds() / 60:g} minutes "
+        "(execution.timeout_minutes); check that process's output, and whether it can reach this host"
     )
 
 

@@ -104,7 +104,7 @@ def check_memory(root: Path, demand: Demand) -> Finding:
     """Memory that is free, within the cgroup's limit, against what so many processes need at least."""
     info = {line.split(":")[0]: line.split()[1] for line in _lines(root / "proc/meminfo") if ":" in line}
     if "MemAvailable" not in info:
-        return Finding("memory", "warning", "cannot be read from /proc/meminfo", "look whether /proc is mounted")
+        return Finding("memory", "warning", "cannot be read from /proc/meminfo", "check that /proc is mounted")
     available, limit = int(info["MemAvailable"]) * 1024, memory_limit(root)
     usable = min(available, limit) if limit else available
     seen = f"{size(usable)} free" + (f", {size(limit)} allowed by the cgroup" if limit else "")
@@ -127,7 +127,7 @@ def check_shared_memory(free: int | None, demand: Demand) -> Finding:
         return judged(subject, "no /dev/shm", remedy, level="error")
     seen = f"{size(free)} free in /dev/shm for {size(demand.shared_memory)} of images kept ready"
     if free < demand.shared_memory:
-        less = f"{more}, or lower data.loader_processes or data.prefetch: loader processes would die of it"
+        less = f"{more}, or lower data.loader_processes or data.prefetch: otherwise loader processes will crash"
         return Finding(subject, "error", seen, less)
     return judged(subject, seen, more if free < 2 * demand.shared_memory else "")
 
@@ -147,10 +147,10 @@ def check_clocks(root: Path) -> Finding:
     counts = [_lines(path)[:1] for path in cpus.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
     throttled = sum(int(text) for found in counts for text in found)
     if not governors and not counts:
-        return Finding("CPU clocks", "ok", "not told by this machine (as in most virtual ones)")
-    seen = f"governor {', '.join(sorted(governors)) or 'unknown'}, throttled {throttled} times since the start"
+        return Finding("CPU clocks", "ok", "not reported by this machine (as on most virtual machines)")
+    seen = f"governor {', '.join(sorted(governors)) or 'unknown'}, throttled {throttled} times since boot"
     if throttled:
-        return Finding("CPU clocks", "warning", seen, "it was too hot: look at its cooling, or timings will vary")
+        return Finding("CPU clocks", "warning", seen, "the CPU overheated: check its cooling, or timings will vary")
     sleepy = governors & set(_SLEEPY)
     return judged("CPU clocks", seen, "for steady timings: cpupower frequency-set -g performance" if sleepy else "")
 
@@ -166,7 +166,7 @@ def check_disk(run_dir: Path, demand: Demand) -> Finding:
         _check_name(wanted)
         free = shutil.disk_usage(folder).free
         if free < 2 * _TRIAL + demand.checkpoints:
-            kept = f"the checkpoints that are kept need {size(demand.checkpoints)}: " if demand.checkpoints else ""
+            kept = f"the kept checkpoints need {size(demand.checkpoints)}: " if demand.checkpoints else ""
             return Finding("disk", "error", f"{size(free)} free in {folder}", f"{kept}free some, or {other}")
         rate = _TRIAL / _seconds_to_write(trial)
     except OSError as error:

@@ -10,7 +10,7 @@ from largebatch.distributed.facilities import try_rendezvous
 from largebatch.doctor.finding import Finding, judged
 
 Resolve = Callable[[str], list[str]]
-_NAMED = "mend /etc/hosts or the name server; until then: torchrun --local-addr=ADDRESS and GLOO_SOCKET_IFNAME=eth0"
+_NAMED = "fix /etc/hosts or the name server; until then use torchrun --local-addr=ADDRESS and GLOO_SOCKET_IFNAME=eth0"
 
 
 def resolve(name: str) -> list[str]:
@@ -37,10 +37,10 @@ def check_host_name(name: str, addresses: list[str], bind: Callable[[str], bool]
     """What this machine calls itself: under that name torchrun tells others of it, and gloo listens."""
     subject = "host name"
     if not addresses:
-        return Finding(subject, "warning", f"{name} has no address", f"several hosts could not meet: {_NAMED}")
+        return Finding(subject, "warning", f"{name} has no address", f"several hosts could not connect: {_NAMED}")
     seen = f"{name} is {', '.join(addresses)}"
     if not any(bind(address) for address in addresses):
-        return Finding(subject, "error", f"{seen}, which is no address of this machine", _NAMED)
+        return Finding(subject, "error", f"{seen}, which is not an address of this machine", _NAMED)
     # A scope (fe80::1%eth0) says nothing of the address.
     local = all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
     return judged(subject, seen, f"only this machine can reach that: for several hosts {_NAMED}" if local else "")
@@ -71,6 +71,6 @@ def check_rendezvous(environ: Mapping[str, str], find: Resolve = resolve) -> Fin
     try:
         port = try_rendezvous("127.0.0.1")
     except (RuntimeError, OSError) as error:
-        remedy = "no process can open a port here: look at the container's or the machine's network"
+        remedy = "no process can open a port here: check the network of the container or machine"
         return Finding("rendezvous", "error", str(error).splitlines()[0], remedy)
-    return Finding("rendezvous", "ok", f"met itself on the free port {port}")
+    return Finding("rendezvous", "ok", f"connected to itself on free port {port}")

@@ -56,7 +56,7 @@ def check_backends(backends: list[str], gpus: int) -> Finding:
     """gloo for CPUs, NCCL for GPUs."""
     seen = ", ".join(backends) or "none"
     if "gloo" not in backends:
-        return Finding("backends", "error", seen, "this torch has no gloo: several ranks need another build of it")
+        return Finding("backends", "error", seen, "this torch has no gloo: several ranks need a build with gloo")
     lacks = gpus > 0 and "nccl" not in backends
     return judged("backends", seen, "GPUs without NCCL are slow: install torch's CUDA build" if lacks else "")
 
@@ -64,10 +64,10 @@ def check_backends(backends: list[str], gpus: int) -> Finding:
 def check_gpus(names: list[str], driver_sees: int) -> Finding:
     """The GPUs that torch can use against those that the driver sees."""
     if not names and driver_sees:
-        remedy = "torch sees none: look at CUDA_VISIBLE_DEVICES, and whether this torch is a CUDA build for that driver"
+        remedy = "torch sees none: check CUDA_VISIBLE_DEVICES, and that this torch is a CUDA build for that driver"
         return Finding("GPUs", "error", f"{driver_sees} in the machine", remedy)
     if not names:
-        return Finding("GPUs", "ok", "none: runs go to the CPU")
+        return Finding("GPUs", "ok", "none: runs use the CPU")
     mixed = len({name.split(",")[0] for name in names}) > 1
     remedy = "ranks wait for the slowest kind: choose one with CUDA_VISIBLE_DEVICES" if mixed else ""
     return judged("GPUs", "; ".join(names), remedy)
@@ -105,7 +105,7 @@ def check_gpu_clocks(lines: list[str]) -> list[Finding]:
         active = int(bits, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", bits) else 0
         reasons = [word for bit, word in _SLOWDOWNS.items() if active & bit]
         seen = f"{temperature} °C, {clock} of {most} MHz" + (f", slowed down: {', '.join(reasons)}" if reasons else "")
-        remedy = "ranks would wait for it: look at cooling, power and other users (nvidia-smi -q -d PERFORMANCE)"
+        remedy = "ranks would wait for it: check cooling, power and other users (nvidia-smi -q -d PERFORMANCE)"
         findings.append(judged(f"GPU {index} clocks", seen, remedy if reasons else ""))
     return findings
 

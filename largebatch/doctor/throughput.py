@@ -86,7 +86,7 @@ def _wait(device: torch.device | None) -> None:
 def check_loader(loader: float, model: float, *, from_files: bool) -> Finding:
     """The loader's images per second against the model's."""
     ratio = loader / model
-    seen = f"{loader:,.0f} images/s a rank, the model takes {model:,.0f}: {ratio:,.1f} times what it needs"
+    seen = f"{loader:,.0f} images/s per rank, the model takes {model:,.0f}: {ratio:,.1f} times what it needs"
     if ratio >= _AMPLE:
         return Finding("loader", "ok", seen)
     waits = f"the model would wait for images {max(0.0, 1 - ratio):.0%} of the time" if ratio < 1 else "little to spare"

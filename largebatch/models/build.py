@@ -52,7 +52,7 @@ def _start(model: nn.Module, settings: ModelSettings, classes: int) -> list[str]
         left = initialise(model, settings.last_gamma)
         lines = [f"weights             by the paper's initialisation (§5.1), last γ {settings.last_gamma:g}"]
         if left:
-            lines.append(f"                    but for frozen or parametrized layers: {some(left)}")
+            lines.append(f"                    except frozen or parametrized layers: {some(left)}")
     else:
         lines = [f"weights             as the constructor of {settings.name} leaves them"]
     if settings.init_from == "timm":
@@ -133,10 +133,10 @@ def _take_channels(model: nn.Module, channels: int) -> None:
 def _own_model(settings: ModelSettings, classes: int, shape: Shape) -> nn.Module:
     function = import_object(settings.name, "model.name")
     if not callable(function) or isinstance(function, nn.Module):
-        raise config_error("model.name", f"{settings.name!r} is no function or class")
+        raise config_error("model.name", f"{settings.name!r} is not a function or class")
     model = _call(settings, function, {**_offered(function, classes, shape), **settings.arguments})
     if not isinstance(model, nn.Module):
-        raise config_error("model.name", f"{settings.name!r} returned a {type(model).__name__}, no nn.Module")
+        raise config_error("model.name", f"{settings.name!r} returned a {type(model).__name__}, not an nn.Module")
     return model
 
 

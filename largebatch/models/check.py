@@ -31,7 +31,7 @@ def check_structure(model: nn.Module, name: str) -> None:
     memory: dict[int, str] = {}
     for part, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
-            raise refuse(f"has lazy layers, {part!r} for one; give them their sizes")
+            raise refuse(f"has lazy layers, {part!r} for example; give them their sizes")
         if tensor.is_meta:
             raise refuse(f"{part!r} is on the meta device and has no values; build the model on the CPU")
     trainable = [(part, p) for part, p in model.named_parameters() if p.requires_grad]
@@ -48,7 +48,7 @@ def check_structure(model: nn.Module, name: str) -> None:
         other = memory.setdefault(parameter.data_ptr(), part) if parameter.numel() else part
         if other != part:
             raise refuse(
-                f"the parameters {other!r} and {part!r} are two that share their memory, and would be updated twice; "
+                f"the parameters {other!r} and {part!r} share their memory and would be updated twice; "
                 "use one nn.Parameter in both places"
             )
 
@@ -91,7 +91,7 @@ def check_forward(
     if unused:
         raise config_error(
             "model.name",
-            f"{where}: the loss does not reach the parameter {unused[0]!r}"
+            f"{where}: the loss does not depend on the parameter {unused[0]!r}"
             + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
             + "; remove what is never used, or set its requires_grad to False",
         )
@@ -117,7 +117,7 @@ def _check_output(output: Any, where: str, classes: int, count: int) -> None:
         raise config_error(
             "model.name",
             f"{where}: the output is {_dtype(output)} {list(output.shape)}, and [{count}, {classes}] is needed for "
-            f"{classes} classes; let your function take `classes`, or set its own name for that in model.arguments",
+            f"{classes} classes; let your function accept `classes`, or set its own argument in model.arguments",
         )
     if not output.isfinite().all():
         raise config_error(

@@ -45,7 +45,7 @@ def load_weights(model: nn.Module, source: str, *, name: str, classes: int) -> l
         elif not key.endswith("num_batches_tracked"):  # files of old do not have it
             wrong.append(f"{key} {_shape(given)} there, {_shape(tensor)} here")
     if wrong:
-        raise config_error(_KEY, source, f"does not fit {name}: {some(wrong)}; give the weights of this very model")
+        raise config_error(_KEY, source, f"does not fit {name}: {some(wrong)}; give weights of this exact model")
     left_out = [key for key in theirs if key not in own and key != "n_averaged"]
     lines = [f"weights             {len(loaded)} tensors loaded from {source}"]
     for what, names in [("resized", resized), ("replaced: the head", replaced), ("left out", left_out)]:
@@ -132,7 +132,7 @@ def _of_torchvision(source: str, name: str) -> Any:
 def _file(path: Path) -> Path:
     """The file itself, or that of a run's folder: its model.pt, or its newest whole checkpoint."""
     if not path.exists():
-        raise config_error(_KEY, f"{path} does not exist; give a file of weights or the folder of a run")
+        raise config_error(_KEY, f"{path} does not exist; give a weights file or a run folder")
     if not path.is_dir():
         return path
     if (path / "model.pt").exists():
@@ -140,7 +140,7 @@ def _file(path: Path) -> Path:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     whole = [file for file in sorted(folder.glob("step_*.pt")) if file.with_suffix(".json").exists()]
     if not whole:
-        raise config_error(_KEY, f"{path} holds neither model.pt nor a whole checkpoint")
+        raise config_error(_KEY, f"{path} holds neither model.pt nor an intact checkpoint")
     return whole[-1]
 
 

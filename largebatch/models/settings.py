@@ -74,7 +74,7 @@ class ModelSettings(Section):
     def _known(cls, name: str) -> str:
         if name.startswith("timm:"):
             if not name.removeprefix("timm:"):
-                raise ValueError(f"{name!r} has no name of a model; write timm:resnet18, say")
+                raise ValueError(f"{name!r} lacks a model name; write timm:resnet18, for example")
         elif ":" in name:
             check_import_path(name)
         elif name not in known_names():
@@ -100,11 +100,11 @@ class ModelSettings(Section):
         if self.arguments and (self.name == "mlp" or self.name in SMALL_RESNET_BLOCKS):
             raise ValueError(f"arguments: {self.name} takes none; seen {', '.join(self.arguments)}")
         if self.init_from == "timm" and not self.name.startswith("timm:"):
-            raise ValueError(f"init_from: timm is for models of timm, and {self.name} is none; write name: timm:NAME")
+            raise ValueError(f"init_from: timm is for timm models, and {self.name} is none; write name: timm:NAME")
         if (self.init_from or "").startswith("torchvision:") and self.name not in TORCHVISION_NAMES:
-            raise ValueError(f"init_from: {self.init_from} is for models of torchvision, and {self.name} is none")
+            raise ValueError(f"init_from: {self.init_from} is for torchvision models, and {self.name} is none")
         if self.init_from is not None and self.arguments.get("weights") is not None:
-            raise ValueError("arguments: weights and init_from are two starts; keep one")
+            raise ValueError("arguments: weights and init_from both give initial weights; keep one")
         if "num_classes" in self.arguments and (self.name in TORCHVISION_NAMES or self.name.startswith("timm:")):
             raise ValueError("arguments: num_classes comes from the data set")
         if self.starts_as == "own" and self.last_gamma != 0:

@@ -47,7 +47,7 @@ def rescaled_workers(virtual_workers: int, workers_per_pass: int, old_ranks: int
         together = f" (execution.workers_per_pass: {workers_per_pass})" if workers_per_pass > 1 else ""
         raise ConfigError(
             f"batch.on_resize: rescale keeps the virtual workers per rank, but {virtual_workers}{together} on "
-            f"{old_ranks} ranks came out uneven; go on with {old_ranks} ranks, or with batch.on_resize=keep"
+            f"{old_ranks} ranks were uneven; resume with {old_ranks} ranks, or with batch.on_resize=keep"
         )
     return passes * workers_per_pass * new_ranks
 

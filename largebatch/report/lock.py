@@ -42,6 +42,6 @@ def _wait(descriptor: int, folder: Path, deadline: float) -> None:
                 return
         if time.monotonic() > deadline:
             raise UserError(
-                f"--run-dir: another process is training in {folder}; wait for it, end it, or choose another folder"
+                f"--run-dir: another process is training in {folder}; wait for it, stop it, or choose another folder"
             )
         time.sleep(_POLL_SECONDS)

@@ -148,7 +148,9 @@ def _parse(line: str, place: str) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise DataError(f"{place}: {line[:60]!r} is no metric record (a JSON object with a 'step'); delete that line")
+        raise DataError(
+            f"{place}: {line[:60]!r} is not a metric record (a JSON object with a 'step'); delete that line"
+        )
     return record
 
 

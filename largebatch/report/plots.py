@@ -18,7 +18,7 @@ CURVES_FILE = "curves.png"
 _FEW_POINTS = 40  # up to here each point is marked, since a line of one point shows nothing
 _COLOURS = {"train": "#4c78a8", "val": "#e45756", "ema": "#b279a2", "lr": "#54a24b"}
 _EMA = "validation, averaged weights"
-_CAPTION = "training: means since the point before, in training mode, augmented; validation: all images"
+_CAPTION = "training: means since the previous point, in training mode, augmented; validation: all images"
 Points = list[tuple[float, float]]
 
 

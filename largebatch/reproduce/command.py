@@ -133,7 +133,7 @@ def _announce(grids: Sequence[Grid], folders: Folders) -> list[Run]:
     print(
         f"{', '.join(grid.name for grid in grids)} at scale {grids[0].scale}: {len(runs)} runs"
         + (f" ({shared} more are the same as one of these)" if shared else "")
-        + f", of which {ended} are there already",
+        + f", of which {ended} are already done",
         flush=True,
     )
     return runs
@@ -143,7 +143,10 @@ def _conclude(runs: Sequence[Run], folders: Folders) -> int:
     failed = [r for r in runs if folders.standing(r).state == "failed"]
     for r in failed:
         print(f"failed: {r.row}, seed {r.seed}: {folders.standing(r).message} (see {log_of(folders, r)})")
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done" + ("; the same command tries again" * bool(failed)))
+    print(
+        f"{len(runs) - len(failed)} of {len(runs)} runs are done"
+        + ("; the same command tries them again" * bool(failed))
+    )
     return int(bool(failed))
 
 

@@ -83,7 +83,7 @@ class Folders:
         if found.state == "finished":
             return found
         state = "diverged" if exit_status == EXIT_HEALTH else "failed"
-        message = last_words(self.of(run) / LOG) or f"ended with exit status {exit_status} and said nothing"
+        message = last_words(self.of(run) / LOG) or f"ended with exit status {exit_status} and printed nothing"
         write_json_atomically(self.of(run) / _OUTCOME, {"state": state, "message": message})
         return Standing(state, found.step, message)
 

@@ -155,7 +155,7 @@ class LocalRunner:
             job.meeting.cleanup()
 
 
-_STOPPED = "stopped; every run has kept its checkpoints, and the same command goes on from there"
+_STOPPED = "stopped; all runs have kept their checkpoints, and the same command resumes them"
 
 
 def log_of(folders: Folders, run: Run) -> Path:

@@ -118,7 +118,7 @@ class Experiment(Section):
         names = [row.name for row in self.rows]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise ValueError(f"rows: {sorted(twice)} are named twice; give each row a name of its own")
+            raise ValueError(f"rows: {sorted(twice)} are named twice; give each row its own name")
         asked = [self.reference, *(row.against for row in self.rows if row.against)]
         asked += [name for plot in self.plots for name in plot.rows]
         asked += [name for order in self.expect for name in (order.lower, order.than)]

@@ -40,7 +40,7 @@ def write_tasks(runs: Sequence[Run], folders: Folders, name: str) -> Path:
 
 def _sbatch(arguments: Sequence[str]) -> str:
     if not SCRIPT.is_file():
-        raise UserError(f"--launcher slurm: no {SCRIPT} in this folder; start in the checkout of largebatch")
+        raise UserError(f"--launcher slurm: no {SCRIPT} in this folder; run it in a checkout of largebatch")
     try:
         done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, check=False)
     except OSError as error:

@@ -83,7 +83,7 @@ def deserialise(data: bytes, device: torch.device) -> TrainState:
     if not isinstance(loaded, dict) or loaded.keys() != fields or loaded.pop("format") != FORMAT:
         raise DataError(
             f"the newest checkpoint is not of format {FORMAT}, so another version wrote it; go on with that version, "
-            "or start anew with --resume never"
+            "or start over with --resume never"
         )
     return TrainState(**loaded)
 

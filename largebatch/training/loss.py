@@ -54,7 +54,7 @@ def _full(logits: Tensor) -> Tensor:
 def _own(settings: LossSettings, device: torch.device) -> Callable[..., Any]:
     found = import_object(settings.name, "loss.name")
     if not callable(found):
-        raise config_error("loss.name", f"{settings.name!r} is no function or class")
+        raise config_error("loss.name", f"{settings.name!r} is not a function or class")
     if not isinstance(found, type):
         return partial(found, **settings.arguments)
     try:

@@ -133,9 +133,11 @@ class DelaySettings(Section):
     slow_ranks: list[Annotated[int, Field(ge=0)]] = Field(default=[])
     """Ranks that always sleep `slow_factor` times as long."""
     slow_factor: float = Field(1.5, ge=0)
+    """How many times as long the `slow_ranks` sleep."""
     rare_share: float = Field(0.0, ge=0, le=1)
     """The share of all ranks' steps in which a rank sleeps `rare_factor` times as long."""
     rare_factor: float = Field(2.0, ge=0)
+    """How many times as long a rank sleeps in a rare slow step."""
     jitter: float = Field(0.0, ge=0)
     """Standard deviation of each pass's sleep, as a share of it (normal, never below 0)."""
 

@@ -52,7 +52,7 @@ def evaluate_run(
     for override in overrides:
         if override.partition(".")[0] not in ("data", "execution", "evaluation"):
             raise UserError(
-                f"{override}: evaluate takes overrides of data, execution and evaluation; the rest is the run's"
+                f"{override}: evaluate accepts overrides of data, execution and evaluation; the run fixes the rest"
             )
     config = folder.read_config(overrides)
     execution = config.execution

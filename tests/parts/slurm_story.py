@@ -50,7 +50,7 @@ class Story:
             {
                 "event": what,
                 "starts": said.count("slurm.sbatch: job"),
-                "steps_gone_on_from": [int(rest.split()[0]) for rest in said.split("going on from step ")[1:]],
+                "steps_gone_on_from": [int(rest.split()[0]) for rest in said.split("resuming from step ")[1:]],
                 "identical": all(tensor_hashes(run) == expected for run in runs),
                 "seconds": seconds,
             }
