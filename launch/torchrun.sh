@@ -24,14 +24,14 @@ visible_gpus() {
     fi
 }
 
-[ $# -gt 0 ] || fail "say what to run, for example: launch/torchrun.sh train fashion_mnist"
+[ $# -gt 0 ] || fail "give a command, for example: launch/torchrun.sh train fashion_mnist"
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$checkout/.venv/bin/python
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
-command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no program"
+command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program"
 "$PYTHON" -c 'from importlib.util import find_spec; raise SystemExit(not (find_spec("torch") and find_spec("largebatch")))' ||
     fail "$PYTHON has no torch or no largebatch: run 'make test' once, or set PYTHON"
 

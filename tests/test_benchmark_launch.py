@@ -48,7 +48,7 @@ def test_srun_starts_the_benchmark_with_the_jobs_arguments(tmp_path: Path) -> No
     ("arguments", "variables", "message"),
     [
         (["config.yaml"], {}, "runs inside a job"),
-        ([], {"SLURM_JOB_ID": "7"}, "say what to measure"),
+        ([], {"SLURM_JOB_ID": "7"}, "give a config"),
         (["config.yaml"], {"SLURM_JOB_ID": "7"}, "set PYTHON"),
     ],
 )

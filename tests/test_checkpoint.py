@@ -125,7 +125,7 @@ def test_none_left_is_told_too(folder: Path) -> None:
     data, warnings = newest(folder)
     assert data is None
     assert len(warnings) == 4
-    assert "starts again from step 0" in warnings[-1]
+    assert "starts over from step 0" in warnings[-1]
 
 
 def test_no_checkpoints_are_nothing_to_warn_of(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ class TestRunsCheckpoints:
         for step in (15, 16):
             truncate(1000)(run_dir / f"checkpoints/step_000000{step}.pt")
         outcome = train_digits(run_dir, 1)[0]
-        assert "starts again from step 0" in outcome.out
+        assert "starts over from step 0" in outcome.out
         assert "going on" not in outcome.out
         assert tensor_hashes(run_dir) == tensor_hashes(finished)
         assert records(run_dir) == records(finished)

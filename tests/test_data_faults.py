@@ -49,7 +49,7 @@ def convert(mode: str) -> Callable[[Path], None]:
     ("spoil", "message"),
     [
         (truncate, "train/dog/2.jpg: is damaged"),
-        (as_text, "train/dog/2.jpg: is no image"),
+        (as_text, "train/dog/2.jpg: is not an image"),
         (empty_class, "train/ant: no images in this class folder"),
     ],
 )
@@ -165,7 +165,7 @@ def test_the_same_stands_in_whatever_the_passes_and_processes(folder: Path) -> N
 def test_a_folder_that_is_gone_is_not_skipped(folder: Path) -> None:
     for path in (folder / "set/train").glob("*/*.jpg"):
         as_text(path)
-    with pytest.raises(DataError, match="100 pictures in a row cannot be used"):
+    with pytest.raises(DataError, match="100 image files in a row are unusable"):
         read(imagefolder(folder), [0])
 
 

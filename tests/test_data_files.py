@@ -123,9 +123,9 @@ def scramble(path):
 
 FAULTS = {
     "truncated": (truncate, "is damaged"),
-    "scrambled": (scramble, "is damaged|is no image"),
-    "text": (lambda path: path.write_text("hello, this is not a picture"), "is no image"),
-    "empty": (lambda path: path.write_bytes(b""), "is no image"),
+    "scrambled": (scramble, "is damaged|is not an image"),
+    "text": (lambda path: path.write_text("hello, this is not a picture"), "is not an image"),
+    "empty": (lambda path: path.write_bytes(b""), "is not an image"),
     "vanished": (lambda path: path.unlink(), "cannot be read"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
 }

@@ -130,7 +130,7 @@ def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     path = tmp_path / "a.jpg"
     path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(DataError, match=rf"{path}: is no image of a known kind"):
+    with pytest.raises(DataError, match=rf"{path}: is not an image of a known format"):
         open_picture(str(path))
 
 
@@ -235,9 +235,9 @@ def test_what_is_read_and_what_is_reported(folder: Path, caplog: pytest.LogCaptu
         source, _ = load(imagefolder(folder), seed=0, device=torch.device("cpu"))
     assert source.images == 16 + 3
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert f"{train}: 1 files beside the class folders are not read" in said
+    assert f"{train}: 1 files next to the class folders are not read" in said
     assert f"{train / 'cat'}: 1 files are not read" in said
-    assert f"{train / 'cat'}: 2 links to a folder above, or read already, are not followed" in said
+    assert f"{train / 'cat'}: 2 links to a parent folder, or to one already read, are not followed" in said
 
 
 def test_one_class_is_refused(folder: Path) -> None:
@@ -245,7 +245,7 @@ def test_one_class_is_refused(folder: Path) -> None:
         for path in (folder / "set" / part / "dog").iterdir():
             path.unlink()
         (folder / "set" / part / "dog").rmdir()
-    with pytest.raises(DataError, match=r"one class folder only \(cat\)"):
+    with pytest.raises(DataError, match=r"only one class folder \(cat\)"):
         load(imagefolder(folder), seed=0, device=torch.device("cpu"))
 
 
@@ -415,8 +415,8 @@ def test_own_arrays_are_taken(kind: str) -> None:
         ("negative", "image 0: label -1 is outside"),
         ("channels last", r"looks like \[M, H, W, C\]"),
         ("16 bits", "images must be uint8"),
-        ("one class", "1 class only; a classifier needs two"),
-        ("one class of a dataset", "1 class only; a classifier needs two"),
+        ("one class", "1 class only; a classifier needs at least two"),
+        ("one class of a dataset", "1 class only; a classifier needs at least two"),
         ("no length", "training set: RuntimeError: no length"),
         ("iterable", "both a dataset with __len__ and __getitem__"),
         ("dict", "set data.classes"),
@@ -463,7 +463,7 @@ def test_without_descriptors_images_are_decoded_in_the_process(
     with caplog.at_level(logging.WARNING):
         images, _, _ = read(imagefolder(folder, processes=2), [0, 1])
     assert len(images) == 2
-    assert "may open 32 files only (ulimit -n), so images are decoded in the training process" in caplog.text
+    assert "may open 32 files at most (ulimit -n), so images are decoded in the training process" in caplog.text
 
 
 def test_too_little_shared_memory_is_said_before_a_process_starts(

@@ -46,7 +46,7 @@ def test_mean_that_does_not_fit_the_channels():
     ("wrong", "message"),
     [
         ({"name": "fashion_mnist"}, "did you mean 'fashion-mnist'"),
-        ({"name": "mnist", "augmentation": Augmentation(kind="resized_crop")}, "pictures in files"),
+        ({"name": "mnist", "augmentation": Augmentation(kind="resized_crop")}, "image files"),
         ({"name": "imagenet", "augmentation": Augmentation(kind="crop")}, "sets in memory"),
         ({"resize_size": 200}, "less than image_size"),
         ({"std": [0.0]}, "above 0"),

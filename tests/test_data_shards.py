@@ -167,8 +167,8 @@ def test_a_damaged_image_is_skipped_as_in_a_folder(made: Path, tmp_path: Path) -
     ("source", "dest", "more", "message"),
     [
         ("none", "new", (), "none/train: cannot be read"),
-        ("set", "set", (), "set/train: holds something else than a pack of this source"),
-        ("set", "shards", ("--images-per-shard", 6), "shards/train: holds something else"),
+        ("set", "set", (), "set/train: holds something other than a pack of this source"),
+        ("set", "shards", ("--images-per-shard", 6), "shards/train: holds something other"),
         ("set", "config.yaml", (), "cannot be written .Not a directory"),
     ],
 )

@@ -238,7 +238,7 @@ class TestSoftware:
         slow = software.check_precision("bf16", cpu)
         assert verdict(slow) == "warning"
         assert slow.seen.startswith("this CPU has no instructions for bf16")
-        assert slow.remedy.startswith("execution.precision=fp32 is quicker")
+        assert slow.remedy.startswith("execution.precision=fp32 is faster")
         assert verdict(software.check_precision("bf16", torch.device("cuda"))) == "ok"
 
     def test_gpu_clocks(self) -> None:

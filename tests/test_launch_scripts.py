@@ -104,7 +104,7 @@ class TestTorchrun:
     def test_nothing_to_run(self, programs: Path) -> None:
         done = self.run(programs)
         assert done.returncode == 2
-        assert "say what to run" in done.stderr
+        assert "give a command" in done.stderr
 
     def test_an_interpreter_without_the_package(self, programs: Path) -> None:
         add_program(programs, "bare", "exit 1")
@@ -199,7 +199,7 @@ class TestSlurm:
         done = self.run(programs, "train", "x")
         told, saved, says, requeued = done.stdout.splitlines()[1:]
         assert (told, saved, requeued) == ("srun told", "srun saved", "scontrol requeue 123456")
-        assert "asks to be requeued" in says
+        assert "requesting a requeue" in says
         assert done.returncode == 75
 
     def test_an_srun_that_the_signal_ends_before_it_can_pass_it_on_requeues(self, programs: Path) -> None:
@@ -252,7 +252,7 @@ class TestSlurm:
         [
             ({"SLURM_JOB_ID": ""}, "runs inside a job"),
             ({"PYTHON": ""}, "set PYTHON"),
-            ({"PYTHON": "/nowhere/python"}, "gpu1: PYTHON=/nowhere/python is no program here"),
+            ({"PYTHON": "/nowhere/python"}, "gpu1: PYTHON=/nowhere/python is not a program here"),
             ({"SLURM_GPUS_ON_NODE": ""}, "RANKS_PER_NODE=''"),
             ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE='all'"),
         ],
@@ -292,4 +292,4 @@ class TestSlurm:
         assert "names no node" in done.stderr
 
     def test_nothing_to_run(self, programs: Path) -> None:
-        assert "say what to run" in self.run(programs).stderr
+        assert "give a command" in self.run(programs).stderr

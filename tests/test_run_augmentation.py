@@ -47,7 +47,7 @@ def test_weights_do_not_depend_on_ranks_loaders_or_kills(tmp_path: Path, folder:
         (["data.augmentation.repeats=2", "batch.shuffle=per_worker"], "data.augmentation.repeats 2 deals copies"),
         (["data.augmentation.mixup_alpha=-1"], "data.augmentation.mixup_alpha: -1"),
         (["data.augmentation.auto_augment=ra"], "data.augmentation.auto_augment: 'ra'"),
-        (["data.augmentation.color_jitter=[0.4, 0.4, 0.4, 0.6]"], "the hue, the last one, is 0.5 at most"),
+        (["data.augmentation.color_jitter=[0.4, 0.4, 0.4, 0.6]"], "the hue, the last value, is at most 0.5"),
         (["data.augmentation.color_jitter=[0.4, 0.4]"], "data.augmentation.color_jitter"),
     ],
 )

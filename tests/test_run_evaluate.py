@@ -151,7 +151,7 @@ def test_other_data_are_refused_on_resume_and_in_evaluation(folder: Path) -> Non
         (run / name).unlink()
     (folder / "set/val/cat").rename(folder / "set/val/cow")
     (folder / "set/train/cat").rename(folder / "set/train/cow")
-    renamed = "other classes: number 0 was 'cat', now 'cow'"
+    renamed = "different classes: number 0 was 'cat', now 'cow'"
     for said, again in ((renamed, command), (renamed, ("evaluate", run))):
         outcome = call(*again)
         assert outcome.status == 2, outcome.err
@@ -162,7 +162,7 @@ def test_other_data_are_refused_on_resume_and_in_evaluation(folder: Path) -> Non
     image = folder / "set/train/cat/0.jpg"
     image.write_bytes(image.read_bytes() + b" ")
     outcome = call(*command)
-    assert "files of the training set have other names or sizes" in outcome.err
+    assert "files of the training set have different names or sizes" in outcome.err
     assert "data.on_change=accept" in outcome.err
     assert call(*command, "data.on_change=accept").status == 0
 

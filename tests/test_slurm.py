@@ -89,7 +89,7 @@ def test_an_array_and_a_signal_to_one_of_its_tasks(slurm: Hosts, tmp_path: Path)
     slurm.run("switch", "scancel", "--signal=USR1", f"{job}_1")
     expected = one_process(tmp_path / "undisturbed", *LONG)
     finish(slurm, job, log)
-    assert "asks to be requeued" in (tmp_path / "log-1").read_text()
+    assert "requesting a requeue" in (tmp_path / "log-1").read_text()
     assert "resuming from step" in (tmp_path / "log-1").read_text()
     assert "requeued" not in (tmp_path / "log-0").read_text()
     assert tensor_hashes(tmp_path / "run-0") == expected
@@ -124,7 +124,7 @@ def test_out_of_time(slurm: Hosts, tmp_path: Path) -> None:
     job = submit(slurm, log, ["--time=1", "--signal=B:USR1@15"], "--run-dir", tmp_path / "run", *longer)
     expected = one_process(tmp_path / "undisturbed", *longer)
     said = finish(slurm, job, log, timeout=500)
-    assert "asks to be requeued" in said
+    assert "requesting a requeue" in said
     assert "resuming from step" in said
     assert tensor_hashes(tmp_path / "run") == expected
 
@@ -134,7 +134,7 @@ def test_a_node_without_the_interpreter_ends_the_job_at_once(slurm: Hosts, tmp_p
     command = ["sbatch", "--parsable", f"--output={log}", ROOT / "launch/slurm.sbatch", "train", DIGITS]
     job = slurm.run("switch", *command, **(SETTINGS | {"PYTHON": "/nowhere/python"})).strip()
     wait_until(lambda: states(slurm, job) == ["FAILED"], "the end of the job", 60)
-    assert "PYTHON=/nowhere/python is no program here" in log.read_text()
+    assert "PYTHON=/nowhere/python is not a program here" in log.read_text()
 
 
 def test_the_benchmark_over_two_nodes(slurm: Hosts, tmp_path: Path) -> None:

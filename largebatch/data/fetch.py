@@ -58,7 +58,7 @@ def fetch(name: str, root: Path, report: Callable[[str], None] = print) -> Path:
         return folder
     wanted = "\n  ".join(str(root / path) for path in FILES[name])
     raise DataError(
-        f"{name}: could not be obtained. Tried\n  " + "\n  ".join(failures) + "\n"
+        f"{name}: could not be downloaded. Tried\n  " + "\n  ".join(failures) + "\n"
         f"Put these files there by hand (decompressed) and run the command again:\n  {wanted}"
     )
 

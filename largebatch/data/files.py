@@ -223,7 +223,7 @@ class Decoder:
                 return self._view(candidate % len(self._pictures), draws)
             except DataError as error:
                 skipped.append(str(error))
-        raise DataError(f"{skipped[-1]} ({_SKIPPED_IN_A_ROW} pictures in a row cannot be used, so none is skipped)")
+        raise DataError(f"{skipped[-1]} ({_SKIPPED_IN_A_ROW} image files in a row are unusable, so none is skipped)")
 
     def _view(self, index: int, draws: Sequence[float]) -> tuple[Tensor, Label]:
         settings = self._settings
@@ -309,7 +309,7 @@ class PictureSource:
         """Count the pictures that were skipped, and name each of them once."""
         self.skipped += len(skipped)
         for problem in sorted(set(skipped) - self._known_bad):
-            instead = "it is left out" if self._validates else "the next good picture stands in for it"
+            instead = "it is left out" if self._validates else "the next good image replaces it"
             _log.warning("warning: %s; %s (data.on_error: skip)", problem, instead)
         self._known_bad.update(skipped)
 
@@ -395,7 +395,7 @@ def folders_in(folder: Path) -> list[str]:
     if not names:
         raise DataError(f"{folder}: no class folders in it; images belong in {folder}/CLASS/")
     if loose := len(entries) - len(names):
-        _log.warning("warning: %s: %d files beside the class folders are not read", folder, loose)
+        _log.warning("warning: %s: %d files next to the class folders are not read", folder, loose)
     return names
 
 
@@ -428,7 +428,9 @@ def images_in(folder: Path) -> list[str]:
             else:
                 others += 1
     if unfollowed:
-        _log.warning("warning: %s: %d links to a folder above, or read already, are not followed", folder, unfollowed)
+        _log.warning(
+            "warning: %s: %d links to a parent folder, or to one already read, are not followed", folder, unfollowed
+        )
     if others:
         _log.warning("warning: %s: %d files are not read (known: %s)", folder, others, " ".join(SUFFIXES))
     if not names:

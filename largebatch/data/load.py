@@ -59,7 +59,7 @@ def _in_memory(
     mean, std = normalisation(settings, train[0].shape[1], *own)
     how = settings.augmentation
     if how.kind == "resized_crop":
-        raise ConfigError("data.augmentation.kind: resized_crop is for pictures in files; here: crop or none")
+        raise ConfigError("data.augmentation.kind: resized_crop is for image files; here: crop or none")
     if train[0].shape[1] not in (1, 3) and (how.auto_augment != "none" or how.color_jitter):
         raise ConfigError(
             "data.augmentation: auto_augment and color_jitter are for images of 1 or 3 channels, and these have "
@@ -92,7 +92,7 @@ def _folder(settings: DataSettings, seed: int, device: torch.device) -> Sources:
     classes = class_names(root)
     if len(classes) < 2:
         raise DataError(
-            f"{root / 'train'}: one class folder only ({classes[0]}); a classifier needs two at least, each a folder"
+            f"{root / 'train'}: only one class folder ({classes[0]}); a classifier needs at least two, each a folder"
         )
     train = FolderPictures(root / "train", classes, settings.train_images)
     val = FolderPictures(root / "val", classes, settings.val_images)
@@ -105,7 +105,7 @@ def _shards(settings: DataSettings, seed: int, device: torch.device) -> Sources:
     train = ShardPictures(root / "train", settings.train_images)
     val = ShardPictures(root / "val", settings.val_images)
     if train.class_names != val.class_names:
-        raise DataError(f"{root}: train/ and val/ have other classes; pack or index both of one set")
+        raise DataError(f"{root}: train/ and val/ have different classes; pack or index both from one set")
     return _pictures(settings, train, val, (IMAGENET_MEAN, IMAGENET_STD), seed, device)
 
 

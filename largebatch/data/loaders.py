@@ -148,7 +148,7 @@ def _affordable(processes: int) -> int:
         soft = _ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_DESCRIPTORS)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft < _FEW_DESCRIPTORS:
-        why = f"this process may open {soft} files only (ulimit -n)"
+        why = f"this process may open {soft} files at most (ulimit -n)"
     if not why:
         return processes
     _log.warning("warning: %s, so images are decoded in the training process (data.loader_processes: 0), slower", why)

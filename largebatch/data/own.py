@@ -140,5 +140,5 @@ def own_classes(train: Any, settings: DataSettings) -> int:
             raise DataError(f"{where}: its dataset has no list `classes`; set data.classes")
         found = len(names)
     if found < 2:
-        raise DataError(f"{where}: {found} class only; a classifier needs two at least (or set data.classes)")
+        raise DataError(f"{where}: {found} class only; a classifier needs at least two (or set data.classes)")
     return found

@@ -58,7 +58,7 @@ def writing(folder: Path) -> Iterator[None]:
         finally:
             os.close(descriptor)
     except BlockingIOError:
-        raise DataError(f"{folder}: another process is packing into it; wait for it, or end it") from None
+        raise DataError(f"{folder}: another process is packing into it; wait for it, or stop it") from None
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
 
@@ -107,7 +107,7 @@ class _Part:
 
     def _is_done(self, plan: dict[str, Any]) -> bool:
         """Whether the part was packed before. Raises DataError if the folder holds something else."""
-        other = f"{self._folder}: holds something else than a pack of this source with these options"
+        other = f"{self._folder}: holds something other than a pack of this source with these options"
         remedy = "choose another DEST, or remove this one"
         if (self._folder / INDEX).exists():
             if read_index(self._folder)["packed"] != plan:
@@ -149,7 +149,7 @@ class _Part:
             name, label = self._pictures.name(index), self._pictures.label(index)
             data = Path(name).read_bytes()
             if len(data) >= 2**32:
-                raise DataError(f"{name}: has {len(data)} bytes; 4 GiB are more than an image may have")
+                raise DataError(f"{name}: has {len(data)} bytes; an image must be smaller than 4 GiB")
             _append(file, f"{index:09d}{Path(name).suffix.lower()}", data)
             entry["offset"] = file.tell() - _padded(len(data))
             entry["size"] = entry["source_size"] = len(data)
@@ -193,4 +193,4 @@ def _read_back(file: BinaryIO, entries: np.ndarray, path: Path) -> None:
     for entry in entries:
         data = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
         if zlib.crc32(data) != entry["checksum"]:
-            raise DataError(f"{path}: what was read back is not what was written; look at the disk")
+            raise DataError(f"{path}: what was read back differs from what was written; check the disk")

@@ -172,7 +172,7 @@ def _without_range(kind: str) -> DataError:
 
 def _damaged(path: str, data: bytes, error: Exception) -> DataError:
     unknown = isinstance(error, Image.UnidentifiedImageError)
-    reason = "is no image of a known kind" if unknown else f"is damaged ({type(error).__name__}: {error})"
+    reason = "is not an image of a known format" if unknown else f"is damaged ({type(error).__name__}: {error})"
     return DataError(f"{path}: {reason}, {len(data)} bytes; {REMEDY}")
 
 

@@ -78,7 +78,7 @@ class Augmentation(Section):
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio}: needs 0 < smallest <= largest")
         if self.color_jitter and self.color_jitter[3] > 0.5:
-            raise ValueError(f"color_jitter {self.color_jitter}: the hue, the last one, is 0.5 at most (a half turn)")
+            raise ValueError(f"color_jitter {self.color_jitter}: the hue, the last value, is at most 0.5 (half a turn)")
         return self
 
     @property
@@ -177,7 +177,7 @@ class DataSettings(Section):
     def _combination(self) -> DataSettings:
         kind = self.augmentation.kind
         if kind == "resized_crop" and self.name in IN_MEMORY:
-            raise ValueError(f"augmentation.kind {kind} is for pictures in files; {self.name}: crop or none")
+            raise ValueError(f"augmentation.kind {kind} is for image files; {self.name}: crop or none")
         if kind == "crop" and self.name in FROM_FILES:
             raise ValueError(f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none")
         if self.multi_label and ":" not in self.name:

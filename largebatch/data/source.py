@@ -65,7 +65,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], part: str) -> str:
             (i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
         )
         names = [repr(names[odd]) if odd < len(names) else "none" for names in (old, new)]
-        return f"the {part} has other classes: number {odd} was {names[0]}, now {names[1]}"
+        return f"the {part} has different classes: number {odd} was {names[0]}, now {names[1]}"
     if before["images"] != now["images"]:
         return f"the {part} had {before['images']} images, now {now['images']}"
-    return f"files of the {part} have other names or sizes" if before["fingerprint"] != now["fingerprint"] else ""
+    return f"files of the {part} have different names or sizes" if before["fingerprint"] != now["fingerprint"] else ""

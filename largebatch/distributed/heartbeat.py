@@ -25,7 +25,7 @@ EXCHANGE = "exchange"
 VERDICT = "verdict"
 """Key in the store of the one message that all ranks leave with."""
 _LONGEST_INTERVAL = 2.0  # seconds; hundreds of ranks then ask the store for some hundred things a second
-RESTART = "Start the same command again: the run resumes from its newest checkpoint"
+RESTART = "Run the same command again: it resumes from the newest checkpoint"
 
 
 def failed_key(rank: int) -> str:

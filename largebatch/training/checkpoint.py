@@ -82,7 +82,7 @@ def deserialise(data: bytes, device: torch.device) -> TrainState:
     fields = {"format"} | TrainState.__dataclass_fields__.keys()
     if not isinstance(loaded, dict) or loaded.keys() != fields or loaded.pop("format") != FORMAT:
         raise DataError(
-            f"the newest checkpoint is not of format {FORMAT}, so another version wrote it; go on with that version, "
+            f"the newest checkpoint is not of format {FORMAT}, so another version wrote it; resume with that version, "
             "or start over with --resume never"
         )
     return TrainState(**loaded)
@@ -152,9 +152,9 @@ class CheckpointFolder:
                 return _verified(self._path(step), step)
             except (OSError, ValueError, TypeError) as error:
                 why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-                warn(f"checkpoint {self._path(step)} is damaged and passed over ({why})")
+                warn(f"checkpoint {self._path(step)} is damaged and skipped ({why})")
         if steps:
-            warn("no checkpoint is whole; the run starts again from step 0")
+            warn("no checkpoint is intact; the run starts over from step 0")
         return None
 
     def newest_step(self) -> int | None:

@@ -65,7 +65,7 @@ def _own(settings: LossSettings, device: torch.device) -> Callable[..., Any]:
         made.to(device)
         if any(True for _ in made.parameters()):
             raise config_error(
-                "loss.name", f"{settings.name!r} has parameters, which nothing trains; make them a part of the model"
+                "loss.name", f"{settings.name!r} has parameters, which nothing trains; make them part of the model"
             )
     if not callable(made):
         raise config_error("loss.name", f"{settings.name!r} makes a {type(made).__name__}, which cannot be called")

@@ -32,7 +32,7 @@ def slow_precision(precision: str, device: torch.device) -> str:
         return ""
     return (
         f"execution.precision: this CPU has no instructions for {precision} and emulates them, up to ten times slower "
-        "than fp32; execution.precision=fp32 is quicker, with other rounding"
+        "than fp32; execution.precision=fp32 is faster, with different rounding"
     )
 
 

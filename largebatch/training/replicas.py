@@ -40,7 +40,7 @@ def check_replicas(
         who = f"ranks {', '.join(map(str, range(ranks.world_size)))} disagree, and no majority says which is right"
     raise HealthError(
         f"replicas are not identical after step {step}: {who} (first in {where}); the memory of that machine or "
-        "device is not to be trusted. Start the same command again without it: the run goes on from the newest "
+        "device cannot be trusted. Run the same command again without it: the run resumes from the newest "
         "checkpoint, which was written while all replicas agreed"
     )
 

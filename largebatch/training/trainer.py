@@ -270,7 +270,7 @@ class Trainer:
             more = f" and {len(facts.overflowed) - 3} more" if len(facts.overflowed) > 3 else ""
             progress.note(
                 f"warning: step {facts.step}: the gradients of {named}{more} grew faster than the exact sum has room "
-                "for; this update is left out, and the next step has more room"
+                "for; this update is skipped, and the next step has more headroom"
             )
 
     def _measures_noise(self) -> bool:
@@ -398,10 +398,10 @@ class Trainer:
         if newest != self.step:
             raise CheckpointError(
                 f"stopped by a signal after step {self.step}, whose checkpoint could not be written. "
-                f"{_say_newest(newest)} Make room or mend the folder, then start the same command again"
+                f"{_say_newest(newest)} Free some space or fix the folder, then run the same command again"
             )
         raise Preempted(
-            f"stopped by a signal after step {self.step}, with a checkpoint; the same command goes on from there"
+            f"stopped by a signal after step {self.step}, with a checkpoint; the same command resumes from there"
         )
 
     def _newest_saved(self) -> int | None:
@@ -425,11 +425,11 @@ class Trainer:
         for what, error in self.ranks.broadcast(errors).items():
             if error is None:
                 continue
-            seen = f"{what} could not be written ({error}); the checkpoints before are intact"
+            seen = f"{what} could not be written ({error}); earlier checkpoints are intact"
             if self.checkpointing.on_error == "stop":
                 raise CheckpointError(
-                    f"{seen}. Make room or mend the folder, then start the same command again; "
-                    "checkpoint.on_error=continue goes on without"
+                    f"{seen}. Free some space or fix the folder, then run the same command again; "
+                    "checkpoint.on_error=continue continues without it"
                 )
             progress.note(f"warning: {seen}")
 

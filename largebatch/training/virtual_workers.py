@@ -157,7 +157,7 @@ class VirtualWorkers:
         gradients (fp16). Raises UserError if a pass is left out, or has no backward or several.
         """
         if self._open:
-            raise UserError(f"virtual.step({step}): the step before is still open; leave its `with` block first")
+            raise UserError(f"virtual.step({step}): the previous step is still open; leave its `with` block first")
         assert not measure_noise or self._probe is not None, "noise_images says that this may be asked for"
         states = self._generators.save()
         self._exchange.begin_step(loss_scale, self._probe.look if self._probe and measure_noise else None)
