@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from largebatch.cli import main
+from largebatch.config import Config, read_config
 
 ROOT = Path(__file__).parents[1]
 PLACES = [
@@ -41,6 +43,21 @@ def documented() -> list[tuple[str, ...]]:
 def test_the_short_runs_are_among_them() -> None:
     short = {command for command in documented() if any(word.startswith("schedule.epochs=") for word in command)}
     assert {("fashion_mnist", f"schedule.epochs={epochs}") for epochs in (1, 2)} <= short
+
+
+def test_keys_and_configs_that_the_documents_show_exist(tmp_path: Path) -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"`((?:[a-z_]+\.)+[a-z_]+)[`:=]", text):
+            section: Any = Config
+            for key in path.split(".") if path.split(".")[0] in Config.model_fields and path != "model.pt" else []:
+                assert key in getattr(section, "model_fields", {}), f"{page.name}: {path}"
+                section = section.model_fields[key].annotation
+        for i, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)):
+            shown = yaml.safe_load(block)
+            if isinstance(shown, dict) and shown.keys() <= Config.model_fields.keys():
+                (tmp_path / f"{page.stem}_{i}.yaml").write_text(block)
+                read_config(tmp_path / f"{page.stem}_{i}.yaml")
 
 
 @pytest.mark.parametrize("command", documented(), ids=" ".join)
