@@ -10,7 +10,7 @@ import typer
 
 
 def folder_name(text: str) -> Path:
-    """A folder that an option names; a shell variable that is not set must not mean the current one."""
+    """The folder given to an option; an unset shell variable must not mean the current folder."""
     if not text:
         raise typer.BadParameter("'' names no folder; give one ('.' for the current one)")
     return Path(os.path.expanduser(text))

@@ -582,7 +582,7 @@ def _complain(text: str) -> None:
     rank = _from_launcher("RANK", "SLURM_PROCID")
     prefix = f"[rank {rank}] " if rank is not None else ""
     lines = "".join(f"{prefix}{line}\n" for line in text.rstrip().splitlines())
-    with contextlib.suppress(OSError):  # nobody is left to hear it
+    with contextlib.suppress(OSError):  # no one is left to read it
         print(lines, end="", file=sys.stderr, flush=True)
 
 

@@ -89,7 +89,7 @@ class Config(Section):
             )
 
     def for_ranks(self, world_size: int) -> Config:
-        """This config with the k that it means on so many ranks. Raises ConfigError if the rest does not fit that."""
+        """This config with the k that it means on this many ranks. Raises ConfigError if the rest does not fit that."""
         each = self.batch.workers_per_rank
         return self if each is None else self.with_workers(each * world_size)
 
@@ -137,7 +137,7 @@ def scaled_times(path: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What keeps a run of `old` from being resumed by `new`: one line for each value that differs."""
+    """Why a run of `old` cannot be resumed with `new`: one line per value that differs."""
     before, after = dict(_fixed(old)), dict(_fixed(new))
     return [
         f"{path}: was {before.get(path)!r}, now {after.get(path)!r}"

@@ -9,7 +9,7 @@ EXIT_PREEMPTED = 75
 
 
 class UserError(Exception):
-    """The user's input is wrong: the message says what was seen, the rule, and the remedy. Exit status 2."""
+    """The user's input is wrong: the message states the value, the rule and the remedy. Exit status 2."""
 
     exit_status = EXIT_USER_INPUT
 
@@ -23,7 +23,7 @@ class DataError(UserError):
 
 
 class HealthError(Exception):
-    """Training is not healthy (a loss that is not finite, replicas that differ). Exit status 3."""
+    """Training is unhealthy (a loss that is not finite, replicas that differ). Exit status 3."""
 
     exit_status = EXIT_HEALTH
 
@@ -33,12 +33,12 @@ class CheckpointError(UserError):
 
 
 class Preempted(Exception):
-    """Asked by a signal to stop; a checkpoint is written. Exit status 75: the same command resumes."""
+    """Stopped by a signal; a checkpoint is written. Exit status 75: the same command resumes."""
 
     exit_status = EXIT_PREEMPTED
 
 
 class RanksLost(Exception):
-    """Other ranks are gone, or do not answer; the message names them. Exit status 1."""
+    """Other ranks are lost or do not answer; the message names them. Exit status 1."""
 
     exit_status = 1

@@ -59,7 +59,7 @@ class Plan:
     decay_steps: list[int]
     weight_decay: float
     optimizer: str
-    """What is beside the paper's SGD, in words."""
+    """What differs from the paper's SGD, in words."""
     loss: str
     """In words; empty for plain cross-entropy."""
     reduction: str
@@ -83,7 +83,7 @@ class Plan:
 def make_plan(
     config: Config, *, name: str, world_size: int, train_images: int, val_images: int, resize: Resize | None = None
 ) -> Plan:
-    """The plan of `config` on `world_size` ranks for a set of so many images. Raises ConfigError.
+    """The plan of `config` on `world_size` ranks for a set of this many images. Raises ConfigError.
 
     With `resize`, `config` has the k from there on; steps are counted from the run's start.
     """
@@ -166,7 +166,7 @@ def _explain_lr(config: Config, schedule: Schedule) -> str:
 
 
 def _explain_optimizer(optimizer: OptimizerSettings) -> str:
-    """What is beside the paper's SGD; empty if nothing is."""
+    """What differs from the paper's SGD; empty if nothing does."""
     parts = []
     if optimizer.kind != "sgd":
         parts.append(f"{optimizer.kind}, weight decay {optimizer.weight_decay:g} (of no normalisation layer or bias)")

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the same run, unless its minibatch is to follow the number of ranks."""
+"""Resuming from a checkpoint: the same run, unless its minibatch should follow the number of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def go_on(
     train_images: int,
     data: dict[str, dict[str, Any]],
 ) -> tuple[Config, Resize | None]:
-    """The config, with the k that holds from here on, and the newest resize, of a run that goes on from `state`.
+    """The config, with the k that holds from here on, and the newest resize, of a run that resumes from `state`.
 
     Raises UserError if the run has another order of images, and ConfigError if the workers cannot be dealt.
     """

@@ -49,7 +49,7 @@ from largebatch.training.virtual_workers import VirtualWorkers
 def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch) -> dict[str, Any]:
     """Train `config` in `run_dir`, on as many ranks as `launch` says; returns the summary.
 
-    `resume` "auto" goes on from what the folder holds; "never" starts anew. Raises UserError for bad input,
+    `resume` "auto" resumes from the folder; "never" starts over. Raises UserError for bad input,
     before any process group exists where it can be told without the others, and HealthError.
     """
     folder = RunFolder(run_dir)
@@ -166,7 +166,7 @@ def _train_connected(
                 progress.note(describe_resize(state, plan, trainer.resize))
             trainer.run(writer, progress)
     finally:
-        with contextlib.suppress(OSError):  # told already, by the write that failed
+        with contextlib.suppress(OSError):  # already reported by the write that failed
             writer.close()
     return _finish(trainer, folder, ranks)
 

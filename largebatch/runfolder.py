@@ -103,7 +103,7 @@ class RunFolder:
             )
 
     def open(self, stack: contextlib.ExitStack, *, anew: bool) -> dict[str, Any] | None:
-        """Make the folder, emptied of an earlier run if `anew`; returns the summary of a finished run.
+        """Create the folder, without an earlier run if `anew`; returns the summary of a finished run.
 
         No other process trains in it until `stack` is left.
         """
@@ -145,7 +145,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, a file that cannot be written is told to the user."""
+        """Inside, a file that cannot be written is reported to the user."""
         try:
             yield
         except OSError as error:

@@ -27,6 +27,6 @@ FolderName = Annotated[str, AfterValidator(expanded)]
 
 
 class Section(BaseModel):
-    """A typed config section; subclass it beside the component that reads it."""
+    """A typed config section; subclass it next to the component that reads it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)

@@ -43,7 +43,7 @@ _CAUSES = (
 
 @dataclass
 class Record:
-    """One run of the steps, as rank 0 tells it."""
+    """One run of the steps, as rank 0 saw it."""
 
     name: str
     tensors: list[dict[str, int]] = field(default_factory=list)

@@ -335,7 +335,7 @@ class TestRunsCheckpoints:
             truncate(1000)(run_dir / f"checkpoints/step_000000{step}.pt")
         outcome = train_digits(run_dir, 1)[0]
         assert "starts over from step 0" in outcome.out
-        assert "going on" not in outcome.out
+        assert "resuming" not in outcome.out
         assert tensor_hashes(run_dir) == tensor_hashes(finished)
         assert records(run_dir) == records(finished)
 

@@ -162,7 +162,7 @@ class TestFinishedRun:
             (run_dir / name).write_text("mine")
         (run_dir / "checkpoints/step_00000099.pt").write_text("of a longer run")
         outcomes = train_digits(run_dir, 1, "--resume", "never")
-        assert "going on" not in outcomes[0].out
+        assert "resuming" not in outcomes[0].out
         assert "warning: checkpoint" not in outcomes[0].out
         assert [(run_dir / name).read_text() for name in others] == ["mine"] * len(others)
         assert saved_steps(run_dir) == saved_steps(undisturbed)
@@ -173,7 +173,7 @@ class TestFinishedRun:
         (run_dir / "checkpoints").rename(tmp_path / "scratch")
         (run_dir / "checkpoints").symlink_to(tmp_path / "scratch")
         outcomes = train_digits(run_dir, 1, "--resume", "never", "schedule.reference_lr=0.05")
-        assert "going on" not in outcomes[0].out
+        assert "resuming" not in outcomes[0].out
 
     def test_a_changed_config_is_refused_by_every_key_that_differs(self, run_dir: Path) -> None:
         changes = ["schedule.reference_lr=0.2", "optimizer.nesterov=false", "seed=1", "execution.precision=bf16"]

@@ -31,7 +31,7 @@ class Window:
 
     @property
     def slowest(self) -> float:
-        """Seconds of a step on the slowest rank: nobody goes on before it."""
+        """Seconds of a step on the slowest rank, for which all others wait."""
         return max(self.seconds)
 
 
@@ -95,11 +95,11 @@ def interquartile_range(values: Sequence[float]) -> float:
 
 
 def clearly_above_zero(differences: Sequence[float]) -> bool:
-    """Whether paired rounds tell a gain from noise, for one of about ten settings that are tried together.
+    """Whether paired rounds show a gain beyond noise, for one of about ten settings tried together.
 
     The median is above the whole interquartile range, and nine of ten rounds are above 0. Of ten settings that all
     change nothing, some passes in 4 % of trials with seven rounds of normal noise; with half the range alone it would
-    be 55 %. Fewer than five rounds tell nothing.
+    be 55 %. Fewer than five rounds show nothing.
     """
     rounds, losses = len(differences), sum(difference <= 0 for difference in differences)
     clear = statistics.median(differences) > interquartile_range(differences)

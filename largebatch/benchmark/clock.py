@@ -33,7 +33,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events in the current stream: they pass when the work before them is done, and the host goes on."""
+    """Events in the current stream: they complete when the work before them is done; the host does not wait."""
 
     def __init__(self) -> None:
         self._marks: list[torch.cuda.Event] = []

@@ -151,7 +151,7 @@ def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorith
         messages(algorithm, a["size"], Layout(a["world_size"], r["ranks_per_node"]), rate_of(r)) for r, a in rows
     ]
     seconds = np.array([a["seconds"] for _, a in rows])
-    # With one nominal rate the two costs of a byte between nodes cannot be told apart.
+    # With one nominal rate the two costs of a byte between nodes cannot be separated.
     names = [name for name in COMMUNICATION if name != "host_per_byte" or len({rate_of(r) for r, _ in rows}) > 1]
     matrix = np.array([[c[name] for name in names] for c in coefficients]).reshape(len(rows), len(names))
     found = nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(rows)))

@@ -65,12 +65,12 @@ def _network(parameters: Parameters, result: Result, options: Options) -> tuple[
         own_work = parameters.seconds_per_byte_inside
         changed = {"network_overhead": ASSUMED_OVERHEAD, "host_per_byte": own_work}
         assumptions = [
-            f"network overhead {ASSUMED_OVERHEAD:.2f}: bytes between nodes take so many times what {8e-9 * rate:g} "
+            f"network overhead {ASSUMED_OVERHEAD:.2f}: bytes between nodes take this many times what {8e-9 * rate:g} "
             "Gbit/s would (§4 of the paper), since its share of the nominal rate was not measured",
             f"hosts' own work on a byte between nodes: {1e9 * own_work:.3g} ns beside the network's, what a byte takes "
             "inside a node"
             if own_work
-            else "hosts' own work on a byte between nodes: none, since none could be told from what was measured",
+            else "hosts' own work on a byte between nodes: none, since none could be separated in the measurements",
         ]
         if not between:
             latency = changed["latency_between"] = max(ASSUMED_LATENCY, parameters.latency_inside)

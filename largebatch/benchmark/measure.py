@@ -16,7 +16,7 @@ from largebatch.distributed.environment import Ranks
 from largebatch.distributed.subgroups import Subgroups
 
 _CLOSURE = 0.03  # how far the parts may be from the step before more rounds are run
-_MORE = 2  # and at most so many times the rounds that were asked for
+_MORE = 2  # at most this many times the requested rounds
 
 
 @dataclass

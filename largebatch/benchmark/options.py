@@ -34,7 +34,7 @@ class Options:
     measured_network: float | None = None
     """Nominal rate between the nodes that are measured."""
     ranks_per_node: int | None = None
-    """Ranks on a predicted node; None: as many as on a measured one."""
+    """Ranks on a predicted node; None: as measured."""
 
 
 def parse_counts(text: str, option: str) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ class Prediction:
     communication: float
     """Of all messages, hidden or not."""
     limit: str
-    """What costs most beside one rank's own compute."""
+    """The largest cost besides one rank's own compute."""
 
 
 def messages(algorithm: str, size: float, layout: Layout, rate: float) -> dict[str, float]:
@@ -131,7 +131,7 @@ def expected_maximum(count: int) -> float:
 def replay(sent: Sequence[Message], compute: float, seconds: Callable[[float], float]) -> tuple[float, float]:
     """(when the last message has arrived, seconds of all of them), sent one after another as each gets ready.
 
-    `seconds` gives those of a message of so many bytes; the time counts from the start of the compute.
+    `seconds` gives those of a message of that many bytes; the time counts from the start of the compute.
     """
     free = total = 0.0
     for message in sent:

@@ -179,7 +179,7 @@ def _prediction(result: Result) -> Any:
     axes.set_ylim(0, 1.1 * max(efficiencies))
     axes.set_ylabel(f"weak scaling efficiency (%)\nvs {measured[0]['baseline']}")
     axes.legend(fontsize="small")
-    unknown = "; no error band: it takes two measured N above 1" if prediction["error"] is None else ""
+    unknown = "; no error band: it needs two measured N above 1" if prediction["error"] is None else ""
     explain(figure, _title(result), _BARS + unknown)
     return figure
 

@@ -123,10 +123,10 @@ def prediction_notes(prediction: Mapping[str, Any]) -> list[str]:
     return [
         f"leave-one-out error of the step: {found}"
         if errors
-        else "leave-one-out error: unknown; it takes at least two N above 1 (--ranks 1,2,3)",
+        else "leave-one-out error: unknown; it needs at least two N above 1 (--ranks 1,2,3)",
         f"parameters (seconds, bytes; fitted unless listed as assumed): {parameters}",
         *(f"assumed: {assumption}" for assumption in prediction["assumptions"]),
-        "two level is left out where it is one of the others: on one node a ring, on nodes of up to 3 ranks halving "
+        "two-level is omitted where it equals one of the others: on one node a ring, on nodes of up to 3 ranks halving "
         "and doubling",
     ]
 
@@ -135,7 +135,7 @@ def noise_notes(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is marked as noise, and why."""
     notes = [f"* {m['mode']}, N = {ranks_text(m)}: {'; '.join(noise_in(m))}" for m in measurements if noise_in(m)]
     advice = (
-        "* marks what is impossible, so noise: nothing follows from these rows. Measure again on a quiet machine, with "
+        "* marks impossible values, which are noise: conclude nothing from these rows. Repeat on a quiet machine, with "
         "more --rounds or longer --window-seconds"
     )
     return [*notes, advice] if notes else []

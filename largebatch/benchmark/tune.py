@@ -22,7 +22,7 @@ from largebatch.errors import UserError
 Settings = dict[str, dict[str, Any]]
 """Values by section and key, as in YAML."""
 _BUCKETS_MB = (1.0, 5.0, 25.0, 100.0)
-_ROUNDING = "sums are rounded otherwise, and no longer alike on every N"
+_ROUNDING = "sums are rounded differently, and not identically on every N"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
             found.append(Candidate(settings, f"gradients are rounded to {kind}; {_ROUNDING}"))
     for factor in (2, 4):
         batch = k * factor * config.batch.images_per_worker
-        numerics = f"another training: the minibatch becomes {batch}, and the learning rate follows it"
+        numerics = f"a different training: the minibatch becomes {batch}, and the learning rate follows it"
         found.append(Candidate({"batch": {"virtual_workers": factor * k}}, numerics))
     return found
 

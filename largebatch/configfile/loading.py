@@ -1,7 +1,7 @@
 """Reads a YAML config with ``extends:`` and command-line overrides into a root Section, and writes it back.
 
-Whatever is wrong with the input ends in a ConfigError of one line a problem: where the value came from, its
-dotted path, the value seen, the rule, and the nearest right name.
+Invalid input raises a ConfigError with one line per problem: where the value came from, its dotted path, the
+value, the rule, and the closest valid name.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from largebatch.errors import DataError
 from largebatch.wording import reason
 
 _log = logging.getLogger(__name__)
-_SKIPPED_IN_A_ROW = 100  # more is no bad picture, but a disk that is gone
+_SKIPPED_IN_A_ROW = 100  # more than this is not a bad image but a failed disk
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
              ".gif", ".avif")  # fmt: skip
 
@@ -92,7 +92,7 @@ class FolderPictures:
         """Of the files' names, which hold the class, and of the sizes of 10,000 evenly spread ones."""
         hashed = hashlib.sha256(b"\n".join(self._files.tolist()))
         for index in range(0, len(self), -(-len(self) // SIZED)):
-            with contextlib.suppress(OSError):  # whoever reads it will say so
+            with contextlib.suppress(OSError):  # reading it reports the error
                 hashed.update(b"%d\n" % os.stat(self.name(index)).st_size)
         return hashed.hexdigest()
 
@@ -400,7 +400,7 @@ def folders_in(folder: Path) -> list[str]:
 
 
 def images_in(folder: Path) -> list[str]:
-    """The image files in a class folder and its subfolders, in sorted order, but for hidden ones."""
+    """The image files in a class folder and its subfolders, in sorted order, without hidden ones."""
     names, others, unfollowed = [], 0, 0
     seen = {os.path.realpath(folder)}
 

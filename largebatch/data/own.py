@@ -50,7 +50,7 @@ def call_own(settings: DataSettings) -> tuple[Any, Any]:
 def _as_tensors(split: Any, where: str) -> Any:
     """(images, labels) as tensors where one of them is an array; anything else as it is.
 
-    Raises DataError where an array, or a list beside one, is not of numbers.
+    Raises DataError where an array, or a list next to one, does not hold numbers.
     """
     pair = isinstance(split, tuple | list) and len(split) == 2
     if not (pair and any(isinstance(part, np.ndarray | Tensor) for part in split)):

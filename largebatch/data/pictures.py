@@ -1,4 +1,4 @@
-"""Pictures from files: the random resized crop and the centre crop, all in uint8.
+"""Image files: the random resized crop and the centre crop, all in uint8.
 
 Working in uint8 and leaving the normalisation to the device is most of what makes this faster than the usual
 chain through float tensors; decoding no more than the crop needs is the rest.

@@ -1,4 +1,4 @@
-"""The `data` section of a config: which images, and how each is drawn anew in every epoch."""
+"""The `data` section of a config: which images, and how they are augmented."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Augmentation(Section):
 
     kind: Literal["auto", "none", "crop", "resized_crop"] = "auto"
     """`crop`: zero padding, then a random window (sets in memory). `resized_crop`: a random area and shape
-    resized to `data.image_size` (pictures decoded from files). `auto`: the one that suits the set."""
+    resized to `data.image_size` (image files). `auto`: the one that suits the set."""
 
     padding: int = Field(default=4, ge=0)
     """`crop`: pixels of zero padding on each side."""
@@ -33,7 +33,7 @@ class Augmentation(Section):
     """Mirror half of the images; turn it off where left and right matter (digits)."""
 
     scale: Pair = Field(default=[0.08, 1.0])
-    """`resized_crop`: smallest and largest share of the picture's area."""
+    """`resized_crop`: smallest and largest share of the image's area."""
 
     ratio: Pair = Field(default=[3 / 4, 4 / 3])
     """`resized_crop`: smallest and largest width / height of the crop."""
@@ -55,11 +55,11 @@ class Augmentation(Section):
     """Probability that a box of the image is filled with the set's mean colour."""
 
     repeats: int = Field(default=1, ge=1, le=100)
-    """Repeated augmentation: an image comes so many times in a step, varied anew for each virtual worker that gets a
-    copy; an epoch has as many steps as before, and shows so many times fewer images."""
+    """Repeated augmentation: each image appears this many times per step, augmented separately for each virtual worker
+    that gets a copy; an epoch has the same number of steps and that many times fewer images."""
 
     mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
-    """mixup: each virtual worker blends its images with one another, by a share drawn from Beta(alpha, alpha) anew in
+    """mixup: each virtual worker blends its images with one another, by a share drawn from Beta(alpha, alpha) in
     each step; 0 for none."""
 
     cutmix_alpha: float = Field(default=0.0, ge=0, le=1000)
@@ -104,7 +104,7 @@ class Synthetic(Section):
 
 
 class DataSettings(Section):
-    """Which data set, where it lies, and how it is read."""
+    """Which data set, where it is, and how it is read."""
 
     name: str = "fashion-mnist"
     """`fashion-mnist`, `mnist`, `cifar10`, `digits`, `imagefolder`, `imagenet`, `shards` (made by `largebatch data
@@ -119,7 +119,7 @@ class DataSettings(Section):
     """How training images are varied."""
 
     image_size: PositiveInt = 224
-    """Pictures from files: height and width of the crop that the model sees."""
+    """Image files: height and width of the crop that the model sees."""
 
     resize_size: PositiveInt | None = None
     """Image files, validation: the short side is resized to this before the centre crop; null: in the proportion of 256
@@ -132,10 +132,10 @@ class DataSettings(Section):
     """Standard deviation of each channel in [0, 1], instead of the set's own."""
 
     loader_processes: FreeOnResume[int] = Field(default=2, ge=0)
-    """Pictures from files: decoding processes for each rank; 0 decodes in the training process."""
+    """Image files: decoding processes for each rank; 0 decodes in the training process."""
 
     prefetch: FreeOnResume[PositiveInt] = 4
-    """Pictures from files: passes that each loader process keeps ready."""
+    """Image files: passes that each loader process keeps ready."""
 
     on_error: FreeOnResume[Literal["stop", "skip"]] = "stop"
     """Image files that cannot be read: `stop`, naming the file; or `skip`, which takes the next good one in its place
@@ -143,17 +143,17 @@ class DataSettings(Section):
 
     on_change: FreeOnResume[Literal["refuse", "accept"]] = "refuse"
     """When a run is resumed or evaluated on other data than it was trained on (classes, file names or sizes): refuse,
-    or accept, knowing that its figures are not comparable."""
+    or accept; the results are then not comparable."""
 
     train_images: PositiveInt | None = None
-    """Use only this many training images, for a quick run: the first ones, or, of a folder (whose
-    files are sorted by class), evenly spread ones."""
+    """Use only this many training images, for a quick run: the first ones, or evenly
+    spaced ones of a folder (whose files are sorted by class)."""
 
     val_images: PositiveInt | None = None
-    """Use only this many validation images, chosen likewise."""
+    """Use only this many validation images, chosen in the same way."""
 
     classes: int | None = Field(default=None, ge=2)
-    """Your own set: number of classes, where it cannot be told from the data."""
+    """Your own set: number of classes, if the data do not determine it."""
 
     multi_label: bool = False
     """Your own set: an image has any number of the classes, and its label is 0 or 1 for each of them."""

@@ -158,7 +158,7 @@ def _digest(index: dict[str, Any]) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file at once: nobody meets half of it."""
+    """Replace a file atomically: no one sees half of it."""
     partial = path.with_name(f".{path.name}.part")
     with open(partial, "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""A sum over all ranks, begun while the backward pass goes on."""
+"""A sum over all ranks, started during the backward pass."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _BACKEND_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher told this process; no process group exists yet."""
+    """What the launcher set for this process; no process group exists yet."""
 
     rank: int = 0
     world_size: int = 1

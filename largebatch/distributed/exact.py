@@ -45,7 +45,7 @@ WIDE = Grid(torch.int64, 63, headroom=20, coarse_bits=47, floor=2.0**-8)
 _MOST_LEAVES = 2**15 - 1  # more could overflow the certificate itself, as int32
 _DECAY = 0.75  # of a bound, a step: one quiet step does not take the room that the next one needs
 _UNKNOWN = 2.0**-9  # a bound before anything is known: with WIDE's headroom, sums up to 2,048 fit
-_GUESS = 256.0  # after an overflow the true size is unknown: so many times the bound is tried next
+_GUESS = 256.0  # after an overflow the true size is unknown: this many times the bound is tried next
 _PIECE = 1 << 16  # elements that stay in a CPU's cache between rounding and adding
 
 

@@ -82,7 +82,7 @@ class GradientExchange:
 
     def _read(self, bucket: GradBucket) -> Bucket:
         key = tuple(map(id, bucket.parameters()))
-        if key not in self._layouts:  # DDP lays its buckets out anew after the first step
+        if key not in self._layouts:  # DDP rebuilds its buckets after the first step
             self._layouts[key] = _layout(bucket)
         return Bucket([self._positions[i] for i in key], bucket.buffer(), self._layouts[key])
 
@@ -149,7 +149,7 @@ def wrap(
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
     if ranks.device.type == "cuda":
         options["device_ids"] = [ranks.device.index]
-    # A convolution with one input channel has strides that are told apart in name only; DDP warns of those.
+    # A convolution with one input channel has strides that differ only formally; DDP warns about them.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     wrapped = DistributedDataParallel(model, **options)
     wrapped.register_comm_hook(None, exchange.hook)

@@ -77,7 +77,7 @@ def _machine(run_dir: Path, demand: Demand) -> Iterator[Finding]:
 
 
 def _demand(config: Config, ranks: int) -> Demand:
-    """What can be told without the data; checkpoints cannot."""
+    """What is known without the data; checkpoints are not."""
     if not throughput.reads_files(config):
         return Demand(ranks=ranks, threads=config.execution.threads)
     data = config.data

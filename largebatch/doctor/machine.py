@@ -101,7 +101,7 @@ def check_cores(root: Path, usable: int, demand: Demand) -> Finding:
 
 
 def check_memory(root: Path, demand: Demand) -> Finding:
-    """Memory that is free, within the cgroup's limit, against what so many processes need at least."""
+    """Memory that is free, within the cgroup's limit, against the least that this many processes need."""
     info = {line.split(":")[0]: line.split()[1] for line in _lines(root / "proc/meminfo") if ":" in line}
     if "MemAvailable" not in info:
         return Finding("memory", "warning", "cannot be read from /proc/meminfo", "check that /proc is mounted")

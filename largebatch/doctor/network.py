@@ -34,7 +34,7 @@ def can_bind(address: str) -> bool:
 
 
 def check_host_name(name: str, addresses: list[str], bind: Callable[[str], bool] = can_bind) -> Finding:
-    """What this machine calls itself: under that name torchrun tells others of it, and gloo listens."""
+    """The machine's own name: torchrun announces it under that name, and gloo listens there."""
     subject = "host name"
     if not addresses:
         return Finding(subject, "warning", f"{name} has no address", f"several hosts could not connect: {_NAMED}")

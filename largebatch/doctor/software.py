@@ -43,7 +43,7 @@ def installed(package: str) -> str | None:
 
 
 def check_torchvision() -> Finding:
-    """torchvision must be installed and be built for this torch, which only its import tells."""
+    """torchvision must be installed and be built for this torch, which only importing it shows."""
     try:
         import torchvision  # noqa: F401
     except Exception as error:  # a wheel for another torch raises RuntimeError, OSError or AttributeError

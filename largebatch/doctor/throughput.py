@@ -29,7 +29,7 @@ def images_per_pass(config: Config) -> int:
 
 
 def reads_files(config: Config) -> bool:
-    """Whether loader processes decode pictures; sets in memory have none."""
+    """Whether loader processes decode image files; sets in memory have none."""
     return config.data.name not in IN_MEMORY
 
 

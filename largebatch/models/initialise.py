@@ -13,7 +13,7 @@ from largebatch.models.small_resnet import SmallBlock
 
 
 def initialise(model: nn.Module, last_gamma: float) -> list[str]:
-    """Draw the weights anew from torch's CPU generator, in place; returns the names of the layers that it leaves alone.
+    """Redraw the weights from torch's CPU generator, in place; returns the names of the layers left unchanged.
 
     Those are layers that are frozen, or whose weight is computed from others (weight_norm and parametrizations).
 

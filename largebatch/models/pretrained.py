@@ -130,7 +130,7 @@ def _of_torchvision(source: str, name: str) -> Any:
 
 
 def _file(path: Path) -> Path:
-    """The file itself, or that of a run's folder: its model.pt, or its newest whole checkpoint."""
+    """The file itself, or a run folder's model.pt or newest intact checkpoint."""
     if not path.exists():
         raise config_error(_KEY, f"{path} does not exist; give a weights file or a run folder")
     if not path.is_dir():

@@ -54,11 +54,11 @@ class ModelSettings(Section):
     last_gamma: float = Field(0.0, ge=0, le=1)
     """Initial γ of the last BatchNorm of every residual block: 0 in the paper (§5.1), 1 in its ablation."""
     initialisation: Literal["auto", "paper", "own"] = "auto"
-    """paper: §5.1's, applied by module type, to your own model too (so it overwrites weights that the model
-    brings along); own: what the model's constructor leaves; auto: paper for ResNets and the mlp, own for the rest."""
+    """paper: §5.1's, applied by module type, to your own model too (overwriting weights that the model
+    comes with); own: as the model's constructor sets them; auto: paper for ResNets and the mlp, own for the rest."""
     init_from: str | None = Field(None, min_length=1)
-    """Weights to start from: a file (state_dict, safetensors, checkpoint), the folder of a run, torchvision:WEIGHTS
-    (such as torchvision:DEFAULT), or timm for a model of timm. A head for other classes is replaced."""
+    """Weights to start from: a file (state_dict, safetensors, checkpoint), a run folder, torchvision:WEIGHTS
+    (such as torchvision:DEFAULT), or timm for a timm model. A head for other classes is replaced."""
     freeze: list[str] = Field(default=[])
     """Names of parameters and modules that are not trained, such as `layer1` or `*.bn?.weight`; BatchNorm of a frozen
     part stays in evaluation mode."""
@@ -115,7 +115,7 @@ class ModelSettings(Section):
 
     @property
     def starts_as(self) -> Literal["paper", "own"]:
-        """What `initialisation` comes to: weights that may have been brought along are never drawn anew unasked."""
+        """What `initialisation` means here: weights that a model may come with are never overwritten unasked."""
         if self.initialisation != "auto":
             return self.initialisation
         from_scratch = (*TORCHVISION_RESNETS, *SMALL_RESNET_BLOCKS, "mlp")

@@ -20,18 +20,18 @@ class BatchSettings(Section):
     virtual_workers: int = Field(8, ge=1)
     """k: virtual workers per step; the ranks share them, so N may be anything from 1 to k."""
     workers_per_rank: int | None = Field(None, ge=1)
-    """Instead of `virtual_workers`: k is so many times the number of ranks that the run starts on, and with kn the
-    learning rate follows the number of GPUs, as in the paper (1: each GPU is a worker). Results then depend on N."""
+    """Instead of `virtual_workers`: k is this many times the number of ranks the run starts on, so that kn and the
+    learning rate follow the number of GPUs, as in the paper (1: each GPU is a worker). Results then depend on N."""
     images_per_worker: int = Field(32, ge=1)
     """n: images that one virtual worker normalises together (the paper: 32)."""
     loss_mean_over: Literal["global_batch", "images_per_worker"] = "global_batch"
     """What the loss of each worker is divided by: kn, as remark 3 says, or n, which makes gradients k times
     larger ('cancelling k', wrong with weight decay)."""
     shuffle: Literal["once", "per_worker"] = "once"
-    """once: one shuffle an epoch, divided among the workers (remark 4); per_worker: remark 4 done wrong."""
+    """once: one shuffle per epoch, divided among the workers (remark 4); per_worker: remark 4 done wrong."""
     on_resize: FreeOnResume[Literal["keep", "rescale"]] = "keep"
-    """When a run goes on with another number of ranks. keep: they share the same virtual workers, and nothing else
-    changes; rescale: each rank keeps as many as it had, so kn changes, and with it the learning rate by its rule."""
+    """When a run resumes on another number of ranks. keep: they share the same virtual workers, and nothing else
+    changes; rescale: each rank keeps the number it had, so kn changes, and the learning rate by its rule."""
 
     @model_validator(mode="before")
     @classmethod

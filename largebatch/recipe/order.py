@@ -27,7 +27,7 @@ class EpochOrder:
     """The order of a whole training: a function of the recipe, the seed and the step, never of N.
 
     Step t of an epoch takes images ``perm[t*kn : (t+1)*kn]``, as k rows of n; the tail is dropped.
-    With `repeats` each image of perm comes so many times in a row, and the minibatch is dealt like cards, so that its
+    With `repeats` each image of perm comes that many times in a row, and the minibatch is dealt like cards, so that its
     copies go to different workers (repeated augmentation: Hoffer et al. 2020, as DeiT's and timm's samplers do it).
     Copy c of image i has the index ``i + c * images``: a source shows image i, by other draws for each copy.
     Raises ConfigError if there are fewer than kn images.

@@ -1,6 +1,6 @@
-"""Going on with another number of virtual workers (`batch.on_resize: rescale`): where in the recipe that is.
+"""Resuming with another number of virtual workers (`batch.on_resize: rescale`): where in the recipe that is.
 
-A run that keeps its virtual workers per rank changes kn when it goes on with another N. From there on it follows the
+A run that keeps its virtual workers per rank changes kn when it resumes on another N. From there on it follows the
 recipe of the new kn, whose steps are counted so that its epochs end where the old ones would have: the step of that
 recipe is the run's own, less a constant.
 """
@@ -27,7 +27,7 @@ class Resize:
     recipe_step: int
     """The step of the recipe of the new kn that comes first."""
     first_image: int
-    """Where in the shuffle of the epoch that goes on the first new minibatch starts."""
+    """Where the first new minibatch starts in the shuffle of the current epoch."""
     lr_before: float
     """Learning rate of the last update before it."""
 

@@ -34,7 +34,7 @@ _VARIABLE_PREFIXES = (
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, accelerators, source and start of this process, as JSON can hold it.
 
-    Sizes are in bytes. What this machine does not have or tell is None.
+    Sizes are in bytes. What this machine does not have or reveal is None.
     """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

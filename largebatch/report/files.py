@@ -47,7 +47,7 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
 
 def _umask() -> int:
-    """The process's umask; the operating system tells it only to those who set it."""
+    """The process's umask; the operating system reveals it only when it is set."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -22,7 +22,7 @@ def hold_folder(folder: Path, patience_seconds: float = _PATIENCE_SECONDS) -> It
     """Inside, no other process holds `folder`. Raises UserError if one does for longer than the patience.
 
     The system lets go when the process ends, however it ends. Where the file system knows no locks (some network
-    file systems), nobody is kept out.
+    file systems), no one is kept out.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

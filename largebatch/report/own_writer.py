@@ -1,4 +1,4 @@
-"""A writer of the user's own, beside metrics.jsonl and TensorBoard (`logging.writers`)."""
+"""The user's own metrics writers, in addition to metrics.jsonl and TensorBoard (`logging.writers`)."""
 
 from __future__ import annotations
 

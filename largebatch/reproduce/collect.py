@@ -1,4 +1,4 @@
-"""From run folders to the one JSON that tables, pictures and the README are made of."""
+"""From run folders to the one JSON file behind tables, plots and docs/results.md."""
 
 from __future__ import annotations
 

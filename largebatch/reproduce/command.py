@@ -77,8 +77,8 @@ def report(
 ) -> None:
     """Write the reports of the experiments `names` into `into`/SCALE, and what the README shows of them.
 
-    With `from_json` the numbers are those of the JSON files there, and no run is needed: what is made anew is how they
-    are shown.
+    With `from_json` the numbers are those of the JSON files there, and no run is needed: only the presentation is
+    regenerated.
     """
     folder = into / scale
     folder.mkdir(parents=True, exist_ok=True)

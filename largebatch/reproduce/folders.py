@@ -1,7 +1,7 @@
 """What is known on disk of the runs of a scale.
 
 ``OUT/SCALE/runs/KEY/`` is a run folder of `train`, with ``log.txt`` (what the run printed) and, if it did not
-finish, ``outcome.json`` beside its files. ``OUT/SCALE/EXPERIMENT.asked.json`` remembers which runs the experiment
+finish, ``outcome.json`` next to its files. ``OUT/SCALE/EXPERIMENT.asked.json`` remembers which runs the experiment
 last consisted of, only to say what has changed since.
 """
 
@@ -36,7 +36,7 @@ class Standing:
     """Where a run stands."""
 
     state: str
-    """waiting (nothing done), started (a part done, nobody is at it), running, finished, diverged (the loss was not
+    """waiting (nothing done), started (partly done, no process running), running, finished, diverged (the loss was not
     finite: a result too), failed."""
     step: int = 0
     """Updates done, as far as its metrics say."""
@@ -68,7 +68,7 @@ class Folders:
         return Standing("started" if step else "waiting", step)
 
     def begin(self, run: Run) -> Path:
-        """Make the folder of a run that is about to be started or gone on with."""
+        """Make the folder of a run that is about to be started or resumed."""
         folder = self.of(run)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Folders:
         write_json_atomically(self._asked_file(grid), asked)
 
     def write_config(self, run: Run) -> Path:
-        """The whole config of `run` as a file beside the run folders."""
+        """The whole config of `run` as a file next to the run folders."""
         folder = self.root / "configs"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{run.key}.yaml"

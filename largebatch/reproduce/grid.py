@@ -17,7 +17,7 @@ from largebatch.errors import ConfigError, UserError
 from largebatch.reproduce.settings import Experiment, Row, Scale, find_experiment, read_experiment
 
 _KEY_DIGITS = 16
-# What a number of a run can depend on; a change elsewhere makes no run anew.
+# What a number of a run can depend on; a change elsewhere repeats no run.
 _CODE_THAT_COUNTS = (
     "recipe",
     "data",

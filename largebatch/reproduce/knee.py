@@ -1,4 +1,4 @@
-"""Where the error rises over the minibatch, beside what the gradient noise scale foretells."""
+"""Where the error rises over the minibatch, and what the gradient noise scale predicts."""
 
 from __future__ import annotations
 

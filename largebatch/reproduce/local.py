@@ -25,10 +25,10 @@ _PATIENCE_SECONDS = 60.0  # for a last checkpoint
 
 
 class Watcher(Protocol):
-    """What is told how the runs get on."""
+    """Receives the progress of the runs."""
 
     def started(self, run: Run, ranks: int) -> None:
-        """A run was started, or gone on with, on so many ranks."""
+        """A run was started or resumed on `ranks` ranks."""
 
     def ended(self, run: Run, standing: Standing) -> None:
         """A run came to an end, good or bad."""
@@ -57,7 +57,7 @@ def usable_cores() -> int:
 
 
 def spare_ranks(run: Run, jobs: int, cores: int) -> int:
-    """Ranks for a run when `jobs` share `cores`: as many as find cores for their threads, and at most its passes.
+    """Ranks for a run when `jobs` share `cores`: as many as have cores for their threads, at most its passes.
 
     The result does not depend on it, so the cores are divided as they are there.
     """
@@ -85,7 +85,7 @@ class LocalRunner:
         )
 
     def execute(self, runs: Iterable[Run], watcher: Watcher) -> None:
-        """Train all `runs` to their ends; a run that fails is reported to `watcher`, and the others go on.
+        """Train all `runs` to their ends; a run that fails is reported to `watcher`, and the others continue.
 
         Raises Preempted when asked by a signal to stop: the runs have then written checkpoints.
         """

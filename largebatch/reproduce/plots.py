@@ -88,7 +88,7 @@ def _draw_curves(axes: Any, rows: Sequence[Result], result: Result) -> None:
 
 
 def _dots(rows: Sequence[Result], result: Result) -> Any:
-    """A line for each row, for experiments with more rows than curves can be told apart."""
+    """A line for each row, for experiments with more rows than distinguishable curves."""
     which = [name for name in ("result", "paper") if any(row[name] for row in rows)] or ["result"]
     size = (8.0 if len(which) == 1 else 5.5, 1.5 + 0.35 * len(rows))
     figure, axes_of = panels(columns=len(which), size=size, sharey=True)
@@ -127,7 +127,7 @@ def _bars(axes: Any, samples: Sequence[Result], metric: str) -> tuple[list[float
 
 
 def _draw_sweep(axes: Any, rows: Sequence[Result], x: str, result: Result) -> None:
-    """What was measured with bars of two standard deviations, and beside it what the paper has for the same rows."""
+    """What was measured with bars of two standard deviations, next to the paper's values for the same rows."""
     measure = result["settings"]["measure"]
     lines: dict[str, list[Result]] = {}
     for row in rows:
@@ -187,7 +187,7 @@ def _draw_bars(axes: Any, points: Sequence[tuple[float, Result]], metric: str, *
 
 def _mark_diverged(axes: Any, rows: Sequence[Result], x: str) -> None:
     """A cross at the upper edge for rows of which a seed has diverged, and how many of how many."""
-    label = "diverged, of so many seeds"
+    label = "diverged, out of the seeds shown"
     for row in rows:
         states = [run["state"] for run in row["runs"]]
         if "diverged" in states:

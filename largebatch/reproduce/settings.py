@@ -39,7 +39,7 @@ class Row(Section):
     """One line of the table: a config delta, trained once for each seed."""
 
     name: str
-    """How tables and pictures call it."""
+    """Its name in tables and plots."""
     config: dict[str, Any] = Field(default={})
     """What it changes, at every scale."""
     at: dict[Scale, dict[str, Any]] = Field(default={})
@@ -47,11 +47,11 @@ class Row(Section):
     only: list[Scale] | None = None
     """Scales that have this row; null for all."""
     ranks: int | None = Field(None, ge=1)
-    """Processes that execute it, where the comparison is about them; null: as many as the launcher has to spare."""
+    """Processes that execute it, where the comparison is about them; null: as many as the launcher has free."""
     against: str | None = None
     """The row that it is compared with, instead of the experiment's reference."""
     line: str = ""
-    """Rows of one line are joined in pictures of a sweep."""
+    """Rows of one line are joined in plots of a sweep."""
     paper: PaperValue | None = None
 
 
@@ -71,13 +71,13 @@ class CurveSettings(Section):
 
     metric: Literal["train/top1_error", "train/loss"] = "train/top1_error"
     every_steps: int | None = Field(None, ge=1)
-    """A point each so many steps; null: one each epoch."""
+    """One point every N steps; null: one per epoch."""
     table: bool = False
     """Also print it as a table."""
 
 
 class PlotSettings(Section):
-    """One picture."""
+    """One plot."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     """Its file is <experiment>_<name>.png."""
@@ -103,13 +103,13 @@ class Experiment(Section):
     curve: CurveSettings = CurveSettings()
     plots: list[PlotSettings]
     expect: list[Expectation] = Field(default=[])
-    """What the report holds against what was measured, beside the rows' `paper` values."""
+    """Orders that the report checks, in addition to the rows' `paper` values."""
     compare_weights: bool = False
     """Also report how far each run's weights are from those of the same seed in the row it is compared with."""
     noise_scale: bool = False
     """The rows measure the gradient noise scale: report it, and draw it into sweeps over the minibatch."""
     readme: bool = False
-    """Its table and pictures belong in the README."""
+    """Its table and plots belong in docs/results.md."""
     rows: list[Row] = Field(min_length=1)
     scales: dict[Scale, ScaleSettings]
 

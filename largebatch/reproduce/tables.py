@@ -17,8 +17,8 @@ _DIGITS = {"top1_error": 2, "train_loss": 3}
 Result = Mapping[str, Any]
 
 
-def markdown(result: Result, pictures: Sequence[str]) -> str:
-    """The whole report of an experiment; `pictures` are file names beside it."""
+def markdown(result: Result, plots: Sequence[str]) -> str:
+    """The whole report of an experiment; `plots` are file names next to it."""
     settings = result["settings"]
     parts = [
         f"# {settings['title']}, at scale {result['scale']}",
@@ -27,7 +27,7 @@ def markdown(result: Result, pictures: Sequence[str]) -> str:
         f"brackets), each row held against *{settings['reference']}* unless it says otherwise.",
         results_table(result),
         *_paragraphs(result),
-        *(f"![{name}]({name})" for name in pictures),
+        *(f"![{name}]({name})" for name in plots),
         *_curve_table(result),
         "## The rows as commands",
         "\n".join(f"- {row['name']}: `{row['command']} seed=0`{_on_ranks(row)}" for row in result["rows"]),

@@ -49,7 +49,7 @@ def _print_into(log: Path) -> None:
 
 
 def _stop_with_parent() -> None:
-    """When the runner is gone, however it went, stop as asked by a signal: with a checkpoint."""
+    """When the runner is gone for whatever reason, stop as on a signal: with a checkpoint."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker is started by the runner"
     wait([parent.sentinel])

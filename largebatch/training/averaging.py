@@ -1,4 +1,4 @@
-"""An exponential moving average (EMA) of the weights, beside those that are trained."""
+"""An exponential moving average (EMA) of the weights, kept next to the trained ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the weights after so many updates. Does not wait for the device."""
+        """Take in the weights after this many updates. Does not wait for the device."""
         weight = 1.0 - self.decay_after(updates)
         torch._foreach_lerp_([*self._averages.values()], [*self._own.values()], weight)
 

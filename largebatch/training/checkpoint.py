@@ -107,7 +107,7 @@ def _shallow(state: TrainState) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What stands beside each checkpoint: it counts only with a manifest that agrees."""
+    """The file next to each checkpoint: a checkpoint counts only with a matching manifest."""
 
     step: int
     size: int
@@ -125,7 +125,7 @@ class CheckpointFolder:
         """Write `data` as the checkpoint of `step`, then drop all but the newest `keep` up to it.
 
         The data come first and the manifest last, each by rename, so that a kill at any moment leaves either
-        a whole checkpoint or none, and never touches the ones before.
+        an intact checkpoint or none, and never touches earlier ones.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step)
@@ -137,7 +137,7 @@ class CheckpointFolder:
         temporary.replace(path)
         manifest = _Manifest(step, len(data), hashlib.sha256(data).hexdigest())
         write_json_atomically(path.with_suffix(".json"), asdict(manifest))
-        # A later step's is one that was damaged, and passed over when the run went on from before it; one that is not
+        # A later step's is one that was damaged, and skipped when the run resumed from an earlier one; one that is not
         # complete would take the place of one to fall back to.
         steps = self._steps()
         kept = [saved for saved in steps if saved <= step and self._is_complete(saved)][-self._keep :]
@@ -145,7 +145,7 @@ class CheckpointFolder:
         return path
 
     def newest(self, warn: Callable[[str], None]) -> bytes | None:
-        """The newest checkpoint that is whole, or None; each damaged one is passed over and told to `warn`."""
+        """The newest intact checkpoint, or None; damaged ones are skipped and reported to `warn`."""
         steps = self._steps()
         for step in reversed(steps):
             try:
@@ -191,7 +191,7 @@ class CheckpointFolder:
 
 
 def _read_manifest(path: Path) -> _Manifest:
-    """What stands beside the checkpoint `path`; raises ValueError, TypeError or OSError if that cannot be read."""
+    """The manifest of the checkpoint `path`; raises ValueError, TypeError or OSError if that cannot be read."""
     return _Manifest(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
 
 

@@ -1,4 +1,4 @@
-"""What all ranks learn of each step alike, beside its gradients: who asks for a stop, and whether the update was
+"""What all ranks learn about each step in addition to its gradients: who asks for a stop, and whether the update was
 finite."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FLAGS = 3
 
 @dataclass(frozen=True)
 class StepFacts:
-    """One step's facts, the same on every rank but for the last."""
+    """One step's facts, the same on every rank except the last field."""
 
     step: int
     stop: bool = False

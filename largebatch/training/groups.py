@@ -22,7 +22,7 @@ Groups = list[dict[str, Any]]
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_batchnorm: bool = False) -> Groups:
     """The trainable parameters of `model` as two groups for an optimizer: decayed, and BatchNorm's γ and β.
 
-    BatchNorm is told by module type: names miss ``downsample.1``, and the number of dimensions spares
+    BatchNorm is recognised by module type: names miss ``downsample.1``, and the number of dimensions spares
     ``fc.bias``, which the paper decays.
     """
     spared = {"weight_decay": weight_decay if decay_batchnorm else 0.0}

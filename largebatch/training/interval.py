@@ -1,4 +1,4 @@
-"""Sums since the last metrics record, by name: whoever adds a metric touches its step and its record, no format."""
+"""Sums since the last metrics record, by name: adding a metric touches its step and its record, but no format."""
 
 from __future__ import annotations
 

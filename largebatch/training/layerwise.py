@@ -1,4 +1,4 @@
-"""Optimizers that scale each layer's update by how large its weights are beside it: LARS and LAMB."""
+"""Optimizers that scale each layer's update by the size of its weights relative to it: LARS and LAMB."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 class BufferedOptimizer(Optimizer, ABC):
-    """An optimizer that keeps buffers beside each parameter, which start at 0, and updates group by group."""
+    """An optimizer that keeps buffers for each parameter, which start at 0, and updates group by group."""
 
     buffers: ClassVar[tuple[str, ...]]
     """Their names in the state."""

@@ -27,7 +27,7 @@ class NoiseProbe:
     that nothing depends on the number of ranks, to the last bit."""
 
     def __init__(self, ranks: Ranks, *, leaves: int, parameters: int) -> None:
-        """A step has `leaves` passes (at least 2), the model so many trainable `parameters` (tensors)."""
+        """A step has `leaves` passes (at least 2), the model that many trainable `parameters` (tensors)."""
         assert leaves > 1, "the config is checked"
         self._ranks = ranks
         self._leaves = leaves
@@ -38,7 +38,7 @@ class NoiseProbe:
         return torch.zeros(self._leaves, self._parameters, dtype=torch.float64, device=self._ranks.device)
 
     def look(self, leaf: int, positions: Sequence[int], gradients: list[Tensor]) -> None:
-        """Take in a leaf's own gradients of some parameters, told by their positions in the model."""
+        """Take in a leaf's own gradients of some parameters, given by their positions in the model."""
         squares = torch.stack(torch._foreach_norm(gradients)).double().square()
         self._squares[leaf, torch.tensor(positions, device=squares.device)] = squares
 

@@ -25,7 +25,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether a signal has come, or nobody is left who could send one."""
+        """Whether a signal has arrived, or no one is left who could send one."""
         return self._at is not None or (self._launcher is not None and os.getppid() != self._launcher)
 
     def _listen(self, numbers: socket.socket) -> None:

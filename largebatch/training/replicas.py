@@ -19,9 +19,9 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 def check_replicas(
     model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step: int, average: dict[str, Tensor] | None = None
 ) -> None:
-    """Raise HealthError, naming the odd rank and its first odd tensor, unless all ranks hold the same bits.
+    """Raise HealthError, naming the differing rank and its first differing tensor, unless all ranks hold the same bits.
 
-    Called on all ranks at the same step; waits for the device. With two ranks nobody can say which is right.
+    Called on all ranks at the same step; waits for the device. With two ranks there is no majority.
     `average` is that of the weights.
     """
     if ranks.world_size == 1:

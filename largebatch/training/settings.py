@@ -52,7 +52,7 @@ _KINDS_OF = {
 
 
 class OptimizerSettings(Section):
-    """How gradients become updates: the optimizer, weight decay, clipping, and each layer's learning rate."""
+    """How gradients become updates: optimizer, weight decay, clipping, and learning rate per layer."""
 
     kind: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
     """sgd: the paper's; lars: each layer's update scaled by its trust ratio (You et al. 2017), momentum with the
@@ -103,12 +103,12 @@ class OptimizerSettings(Section):
 
 
 class EmaSettings(Section):
-    """An exponential moving average of the weights, evaluated and exported beside those that are trained."""
+    """An exponential moving average of the weights, evaluated and exported in addition to the trained weights."""
 
     decay: float | None = Field(None, gt=0, lt=1)
     """Weight of the old average at each update (0.9999 is usual with some 100,000 updates); null for no average."""
     warmup: bool = True
-    """Begin with less: at update t at most 1 - t^(-2/3), as timm's `--model-ema-warmup`."""
+    """Start with a smaller decay: at update t at most 1 - t^(-2/3), as timm's `--model-ema-warmup`."""
 
 
 class BatchNormSettings(Section):
@@ -118,18 +118,18 @@ class BatchNormSettings(Section):
     """Weight of the old running average at each step, as in the paper (PyTorch's `momentum` is 1 minus this)."""
     over: Literal["worker", "pass"] = "worker"
     """Whose images are normalised together. worker: those of each virtual worker, n of them (§2.3); pass: those of all
-    `execution.workers_per_pass` workers of a pass, as one process of so many images would (an ablation)."""
+    `execution.workers_per_pass` workers of a pass, as a single process with that many images would (an ablation)."""
     statistics: Literal["running", "precise"] = "running"
     """running: the running average; precise: recomputed with the current weights before each evaluation."""
     precise_steps: int = Field(20, ge=1)
-    """Newest steps over whose images `precise` averages."""
+    """`precise` averages over the images of this many newest steps."""
 
 
 class DelaySettings(Section):
     """Sleeps in passes, to rehearse slow ranks; they change no number. All off by default."""
 
     seconds: float = Field(0.0, ge=0, le=3600)
-    """What each pass of each rank sleeps, beside its computing."""
+    """How long each rank sleeps in each pass, in addition to computing."""
     slow_ranks: list[Annotated[int, Field(ge=0)]] = Field(default=[])
     """Ranks that always sleep `slow_factor` times as long."""
     slow_factor: float = Field(1.5, ge=0)
@@ -143,12 +143,12 @@ class DelaySettings(Section):
 
 
 class ExecutionSettings(Section):
-    """Device, precision, and how the ranks work together."""
+    """Device, precision, and how the ranks cooperate."""
 
     device: FreeOnResume[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: the GPUs if there are any."""
     backend: FreeOnResume[Literal["auto", "nccl", "gloo"]] = "auto"
-    """How the ranks talk to each other. auto: nccl if every rank of a machine has a GPU of its own, else gloo."""
+    """How the ranks communicate. auto: nccl if every rank of a machine has its own GPU, else gloo."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32; bf16: autocast; fp16: autocast with dynamic loss scaling."""
     tf32: bool = False
@@ -161,26 +161,26 @@ class ExecutionSettings(Section):
     """reproducible: bit-identical weights on any number of ranks; fast: the backend's own all-reduce, equal up
     to rounding."""
     workers_per_pass: int = Field(1, ge=1)
-    """Virtual workers in one forward and backward; divides batch.virtual_workers. Part of the rounding, like
+    """Virtual workers per forward and backward pass; divides batch.virtual_workers. Part of the rounding, like
     the precision: keep it when you change the number of ranks."""
     deal: FreeOnResume[Literal["equal", "measured"]] = "equal"
-    """How many virtual workers each rank runs. equal: as many as the others; measured: the more the faster it computes,
-    so that nobody waits for a slow one (see docs/stragglers.md). The weights are the same."""
+    """How many virtual workers each rank runs. equal: the same number; measured: faster ranks run more, so that no
+    rank waits for a slow one (see docs/stragglers.md). The weights are the same."""
     threads: int = Field(1, ge=1, le=1024)
     """Intra-op threads of each rank. Part of the rounding on CPUs, so it comes from here and not from
-    OMP_NUM_THREADS; to use more cores, rather start more ranks."""
+    OMP_NUM_THREADS; to use more cores, start more ranks instead."""
     bucket_mb: FreeOnResume[float | None] = Field(None, gt=0)
-    """Size of DDP's gradient buckets, in MiB; null for DDP's own choice: a small first one, then 25."""
+    """Size of DDP's gradient buckets, in MiB; null for DDP's default: a small first bucket, then 25."""
     static_graph: FreeOnResume[bool] = False
-    """Tell DDP that every step runs the same graph; only where each rank runs one pass a step."""
+    """Tell DDP that every step runs the same graph; only if each rank runs one pass per step."""
     gradient_as_bucket_view: FreeOnResume[bool] = False
-    """Let gradients lie in DDP's buckets, which saves a copy of them."""
+    """Store gradients in DDP's buckets, which saves a copy."""
     compression: Literal["none", "fp16", "bf16"] = "none"
-    """Round gradients to 16 bits before they are sent, and add them so: half the bytes, other numbers. Needs
+    """Round gradients to 16 bits before they are sent and added: half the bytes, different numbers. Needs
     `reduction: fast`, since a rank rounds what it has added up, which depends on the number of ranks."""
     delays: FreeOnResume[DelaySettings] = DelaySettings()
     timeout_minutes: FreeOnResume[float] = Field(10.0, gt=0, le=1e6)
-    """How long a rank waits for others that make no progress before it names them and ends."""
+    """How long a rank waits for others that make no progress before it reports them and exits."""
 
     @model_validator(mode="after")
     def _compression_fits(self) -> ExecutionSettings:
@@ -196,7 +196,7 @@ class EvaluationSettings(Section):
     """When and how the validation set is evaluated."""
 
     every_epochs: float = Field(1.0, gt=0)
-    """Evaluate each so many epochs, and at the end."""
+    """Evaluate every N epochs, and at the end."""
     images_per_batch: int = Field(500, ge=1)
     """Images evaluated together; the same on any number of ranks."""
 
@@ -205,43 +205,43 @@ class CheckpointSettings(Section):
     """When the state of the training is written to disk."""
 
     every_epochs: float | None = Field(1.0, gt=0)
-    """Write a checkpoint each so many epochs; null for none but `every_steps` and the last."""
+    """Checkpoint every N epochs; null disables this (the last step is always checkpointed)."""
     every_steps: int | None = Field(None, ge=1)
-    """Write a checkpoint each so many steps besides."""
+    """Also checkpoint every N steps."""
     every_minutes: float | None = Field(None, gt=0)
-    """Write a checkpoint each so many minutes besides; the ranks agree on the step."""
+    """Also checkpoint every N minutes; the ranks agree on the step."""
     on_error: Literal["stop", "continue"] = "stop"
-    """What to do when a checkpoint cannot be written (disk full): stop, or warn and go on."""
+    """What to do when a checkpoint cannot be written (disk full): stop, or warn and continue."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints kept; with 2, a damaged one falls back to the one before."""
+    """How many of the newest checkpoints are kept; with 2, there is one to fall back to if the newest is damaged."""
     keep_best: Literal["val/top1_error", "val/loss", "val/ema_top1_error", "val/ema_loss"] | None = None
     """Also keep, in model_best.pt, the weights of the evaluation with the lowest value of this metric: those that are
     trained, or with `val/ema_…` their average."""
 
 
 class HealthSettings(Section):
-    """What is watched while training, and what happens then."""
+    """What is monitored during training, and how the run reacts."""
 
     on_not_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: its update is never applied; then stop (exit status 3), or go on
-    with the next step and count it (`skipped_steps` in the metrics)."""
+    """For a loss or gradient that is not finite. Its update is never applied; then stop (exit status 3), or skip to
+    the next step and count it (`skipped_steps` in the metrics)."""
     replica_check_every_steps: int = Field(200, ge=0)
-    """Compare a checksum of weights, optimizer state and BatchNorm statistics over the ranks each so many steps,
+    """Compare a checksum of weights, optimizer state and BatchNorm statistics across ranks every N steps
     and before each checkpoint; 0 for never."""
     straggler_factor: float = Field(1.5, gt=1)
-    """Name a rank that computes this many times slower, per pass, than the median of the others."""
+    """Report a rank that is this many times slower per pass than the median of the others."""
 
 
 class LoggingSettings(Section):
-    """How often metrics are read from the device and written."""
+    """When metrics are read from the device and written."""
 
     every_steps: int = Field(20, ge=1)
-    """A record of the metrics each so many steps, at each evaluation and at the end."""
+    """Write a metrics record every N steps, at each evaluation and at the end."""
     writers: list[Annotated[str, AfterValidator(check_import_path)]] = Field(default=[])
     """Other places for the records: `package.module:function`, called on rank 0 with (run folder, config), returns an
     object with `write(record)` and `close()`."""
     sample_images: int = Field(16, ge=0)
     """Images of the first virtual worker that samples.png shows, as the model gets them; 0 for no such file."""
     noise_scale_every_steps: int = Field(0, ge=0)
-    """Measure the gradient noise scale each so many steps, from which `plan --from RUN` tells the useful minibatch; 0
-    for never. Needs `execution.reduction: reproducible` and at least two passes a step."""
+    """Measure the gradient noise scale every N steps, from which `plan --from RUN` derives the useful minibatch; 0 for
+    never. Needs `execution.reduction: reproducible` and at least two passes per step."""

@@ -82,7 +82,7 @@ def train_step(
     """Update number `step`, with learning rate `lr`; takes this rank's passes from `batches`.
 
     `mix` blends a pass's images and turns its labels into probabilities; an image then counts as wrong unless its most
-    probable class is found. `flags`, 1-D, is summed over all passes: a way to tell the other ranks something.
+    probable class is found. `flags`, 1-D, is summed over all passes: a way to pass something to the other ranks.
     `loss_factor` multiplies the gradients (the ablations of remarks 1 and 3). `measure_noise` measures the gradient
     noise scale (see `largebatch.training.noise_scale`).
     """

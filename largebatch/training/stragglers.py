@@ -26,7 +26,7 @@ class Pace:
 
 
 def gather_pace(ranks: Ranks, *, compute: float, steps: int, passes: int, asked: int, seconds: float) -> Pace:
-    """Each rank's seconds of `compute` in so many `steps` and, on this rank, `passes`. Called on all ranks together."""
+    """Each rank's seconds of `compute` in `steps` steps and, on this rank, `passes`. Called on all ranks together."""
     table = torch.zeros(ranks.world_size, 4, dtype=torch.float64, device=ranks.device)
     table[ranks.rank] = torch.tensor([compute / steps, compute / passes, asked, seconds])
     by_step, of_a_pass, asked_for, seconds_on = ranks.sum(table).t().tolist()

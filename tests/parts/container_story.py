@@ -128,7 +128,7 @@ def stop_and_go_on(image: Image, host: Path) -> dict[str, object]:
         "status": container.returncode,
         "said": said.strip().splitlines()[-1],
         "seconds": round(seconds, 1),
-        "then": next(line for line in again.splitlines() if line.startswith("going on")),
+        "then": next(line for line in again.splitlines() if line.startswith("resuming")),
         "weights_bit_identical_to_an_undisturbed_run_on_the_host": tensor_hashes(image.runs / "digits")
         == tensor_hashes(host / "long"),
     }
