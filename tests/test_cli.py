@@ -22,6 +22,8 @@ IMAGENET = str(ROOT / "configs/imagenet_resnet50_8k.yaml")
 FROZEN = {
     "train": {"CONFIG", "[section.key=value]...", "--run-dir", "--resume"},
     "evaluate": {"RUN", "[section.key=value]...", "--on", "--out", "--per-class", "--weights"},
+    "predict": {"RUN", "IMAGE...", "--top", "--json", "--csv", "--weights"},
+    "export": {"RUN", "--to", "--out", "--weights"},
     "plan": {"[CONFIG]", "[section.key=value]...", "--ranks", "--json", "--from", "--speeds"},
     "config show": {"CONFIG", "[section.key=value]..."},
     "config schema": set(),

@@ -29,6 +29,7 @@ FILES = {
     "checkpoints",
     "summary.json",
     "curves.png",
+    "samples.png",
     "model.pt",
 }
 SUMMARY_NAMES = {

@@ -127,7 +127,7 @@ class Trainer:
         self._saver = BackgroundSaver(self.checkpoints)
         self._facts = FactReader(self.ranks.device)
         self._last_save = time.monotonic()
-        self._write_error: OSError | None = None
+        self._write_errors: dict[str, OSError] = {}
         self._stragglers = StragglerWatch(self.ranks, factor=self.health.straggler_factor)
         self.dealer = Dealer(self.virtual.deal, measured=self.execution.deal == "measured")
         """Says by which deal each step runs."""
@@ -231,7 +231,7 @@ class Trainer:
         try:
             writer.samples(draw_samples(images[: self.logging.sample_images], self.train.mean, self.train.std))
         except OSError as error:
-            self._write_error = error
+            self._write_errors["samples.png"] = error
         clock.go_on()
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepFacts:
@@ -289,7 +289,7 @@ class Trainer:
         minutes = self.checkpointing.every_minutes
         due = minutes is not None and time.monotonic() - self._last_save > 60 * minutes
         stop = self.stop_request.asked
-        failed = self._saver.error is not None or self._write_error is not None
+        failed = self._saver.error is not None or bool(self._write_errors)
         return flags_on(self.ranks.device, stop=stop, save=due and self.ranks.is_main, failed=failed)
 
     def _stream(self) -> Batches:
@@ -413,15 +413,12 @@ class Trainer:
         try:
             writer.write(record)
         except OSError as error:  # as with a checkpoint: all ranks learn of it with the next step
-            self._write_error = error
+            self._write_errors["a record of the metrics"] = error
 
     def _check_saved(self, progress: Progress) -> None:
-        """On all ranks: raise CheckpointError, or warn, if rank 0 could not write a checkpoint or the metrics."""
-        errors = {
-            "a checkpoint": self._saver.take_error(),
-            "a record of the metrics, or the best weights,": self._write_error,
-        }
-        self._write_error = None
+        """On all ranks: raise CheckpointError, or warn, if rank 0 could not write a checkpoint or another file."""
+        errors = {"a checkpoint": self._saver.take_error(), **self._write_errors}
+        self._write_errors = {}
         for what, error in self.ranks.broadcast(errors).items():
             if error is None:
                 continue
@@ -480,7 +477,7 @@ class Trainer:
                 try:
                     self.best.offer(found, self.virtual.model, step=self.step)
                 except OSError as error:
-                    self._write_error = error
+                    self._write_errors["model_best.pt"] = error
             return found | {f"{prefix}weights_sha256": digest_of(self.virtual.model.state_dict())}
 
     @contextlib.contextmanager
