@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from largebatch.config import Config
+from largebatch.distributed.environment import Launch, connect
+from largebatch.distributed.exact import WIDE_STEPS
 from largebatch.errors import ConfigError
 from largebatch.models.depth import layer_numbers
 from largebatch.training.groups import groups_of
 from largebatch.training.optimizer import make_optimizer, restore_optimizer, set_lr, update_unless
 from largebatch.training.settings import OptimizerSettings
+from largebatch.training.virtual_workers import VirtualWorkers
 
 RATES = [0.01, 0.04, 0.02]
 DECAY, EPSILON, BETAS = 0.05, 1e-6, [0.8, 0.95]
@@ -147,6 +151,36 @@ def test_norm_is_exact_whatever_the_layout_of_the_gradients() -> None:
     alone, spread = clipped(False), clipped(True)
     assert all(torch.equal(a, b) for a, b in zip(alone, spread, strict=True))
     assert sum(a.double().square().sum() for a in alone).sqrt().item() == pytest.approx(0.1, rel=1e-5)
+
+
+def test_exact_sums_keep_the_small_elements_that_adam_divides_by_their_own_size() -> None:
+    """The grid of a tensor is a share of its largest element."""
+    workers, images = 16, 8
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(16, 4, 2, 2, 32, 64, num_classes=10)
+    torch.nn.init.normal_(model.heads.head.weight, std=0.02)
+    optimizer = make_optimizer(model, settings(kind="adamw"))
+    set_lr(optimizer, 0.001)
+    labels = torch.arange(images) % 10
+    with connect(Launch(), device="cpu") as ranks:
+        virtual = VirtualWorkers(model, ranks, virtual_workers=workers)
+        for step in range(WIDE_STEPS + 4):
+            minibatch = torch.randn(workers, images, 3, 16, 16) + labels[:, None, None, None] / 5
+            with virtual.step(step) as passes:
+                for (worker,) in passes:
+                    virtual.backward(F.cross_entropy(virtual(minibatch[worker]), labels))
+            summed = [p.grad.double() for p in model.parameters() if p.grad is not None]
+            if step < WIDE_STEPS + 3:
+                optimizer.step()
+    model.zero_grad()
+    expected = [torch.zeros_like(g) for g in summed]
+    for part in minibatch:
+        leaf = torch.autograd.grad(F.cross_entropy(model(part), labels) / workers, list(model.parameters()))
+        expected = [e + g.double() for e, g in zip(expected, leaf, strict=True)]
+    matrices = [(s, e) for s, e in zip(summed, expected, strict=True) if s.ndim > 1]  # keys' biases have none
+    errors = torch.cat([((s - e).abs() / e.abs()).flatten() for s, e in matrices])
+    assert errors.nanmedian() < 1e-5
+    assert (errors > 0.01).double().mean() < 1e-3
 
 
 def names(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:

@@ -39,7 +39,8 @@ class Trained:
     def probabilities(self, images: Tensor) -> Tensor:
         """float32 [n, classes]; where the loss is binary, of each class by itself, and a row need not add up to 1."""
         logits = self.logits(images)
-        return logits.sigmoid() if self.config.loss.name == "bce" else logits.softmax(dim=1)
+        independent = self.config.loss.name == "bce" or self.config.data.multi_label
+        return logits.sigmoid() if independent else logits.softmax(dim=1)
 
 
 def load_trained(run_dir: Path, *, which: str, device: str) -> Trained:
