@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -524,23 +524,51 @@ def test_many_evaluations_with_loader_processes_on_two_ranks(folder: Path) -> No
     assert tensor_hashes(folder / "1") == tensor_hashes(folder / "2")
 
 
-def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(folder: Path) -> None:
-    """As torchrun sends it: the loaders must outlive it until their rank has written."""
+@contextlib.contextmanager
+def training_with_loaders(folder: Path) -> Iterator[subprocess.Popen]:
+    """A run in a process group of its own, which has evaluated once; at the end the group is killed."""
     run = folder / "run"
     command = [sys.executable, "-m", "largebatch", "train", folder / "config.yaml", "--run-dir", run]
     options = ["schedule={epochs: 100000, reference_lr: 0.001}", "data.loader_processes=2", "model.name=mlp"]
     with (folder / "err").open("w") as err, (folder / "out").open("w") as out:
         process = subprocess.Popen([*command, *options], start_new_session=True, stdout=out, stderr=err)
         try:
-            while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            while not (run / "metrics.jsonl").exists() or "val/" not in (run / "metrics.jsonl").read_text():
                 assert process.poll() is None, (folder / "err").read_text()
                 time.sleep(0.05)
-            os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(100) == 75, (folder / "err").read_text()
+            yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def alive_in_group(group: int) -> list[str]:
+    """The processes of a group that have not ended, as their lines of /proc/*/stat."""
+    stats = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            stats.append(path.read_text())
+    # After the name in parentheses: state, parent, process group.
+    fields = [(stat, *stat.rpartition(")")[2].split()[:3]) for stat in stats]
+    return [stat for stat, state, _, process_group in fields if int(process_group) == group and state != "Z"]
+
+
+def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(folder: Path) -> None:
+    """As torchrun sends it: the loaders must outlive it until their rank has written."""
+    with training_with_loaders(folder) as process:
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(100) == 75, (folder / "err").read_text()
     said = (folder / "err").read_text()
     assert "stopped by a signal after step" in said
     assert "Traceback" not in said
-    assert list((run / "checkpoints").glob("step_*.pt"))
+    assert list((folder / "run/checkpoints").glob("step_*.pt"))
+
+
+def test_loaders_end_with_a_rank_that_is_killed(folder: Path) -> None:
+    with training_with_loaders(folder) as process:
+        assert len(alive_in_group(process.pid)) > 2, "the rank and its loaders"
+        process.kill()
+        while alive := alive_in_group(process.pid):
+            time.sleep(0.05)
+    assert not alive

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker as resource_tracker
 import os
@@ -13,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing.context import ForkServerContext
 from multiprocessing.popen_forkserver import Popen
@@ -89,7 +91,7 @@ def make_loader(
         generator=torch.Generator(),  # else DataLoader takes a number from torch's global generator
         multiprocessing_context=_context if processes else None,
         persistent_workers=keep and processes > 0,
-        worker_init_fn=_block_stop_signals,
+        worker_init_fn=_begin,
     )
 
 
@@ -120,9 +122,23 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _block_stop_signals(_: int) -> None:
-    """For where the server is not ours: a run of `reproduce`, or one that the user's own program starts."""
+def _begin(_: int) -> None:
+    """What a loader process does first."""
+    # Where the server is not ours (a run of `reproduce`, or the user's own program), they are not blocked yet.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    threading.Thread(target=_end_with_rank, name="end with rank", daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    """End this process when its rank is gone, however it went.
+
+    DataLoader's own watch compares the parent's process id, which here is the server's; and the server lives as long
+    as one of its children, so all of them would stay for ever.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "loaders are started by multiprocessing"
+    multiprocessing.connection.wait([rank.sentinel])
+    os._exit(1)
 
 
 def _start_server() -> None:
