@@ -79,6 +79,7 @@ def result(difference: float, p: float) -> Welch:
     [
         (result(1, 0.01), result(2, 0.01), "yes", "agrees: higher in both"),
         (result(-1, 0.01), result(-2, 0.01), "yes", "agrees: lower in both"),
+        (result(76, 0.01), result(1, 0.01), "open", "same sign, 76 times the paper's size: higher in both"),
         (result(1, 0.5), result(-2, 0.5), "yes", "agrees: no clear difference in either"),
         (result(1, 0.5), result(2, 0.01), "open", "not shown here: higher in the paper only"),
         (result(-1, 0.01), result(2, 0.5), "no", "differs: lower here only"),

@@ -25,6 +25,7 @@ from largebatch.reproduce.plots import draw_plots
 from largebatch.reproduce.settings import Scale
 from largebatch.reproduce.slurm import submit_arrays
 from largebatch.reproduce.tables import README_BEGIN, README_END, markdown, put_into, readme_block
+from largebatch.reproduce.verdict import renew_verdicts
 
 _SECONDS_BETWEEN_LOOKS = 5.0
 
@@ -75,7 +76,7 @@ def status(names: Sequence[str], scale: Scale, out: Path) -> None:
 def report(
     names: Sequence[str], scale: Scale, out: Path, into: Path, readme: Path | None, *, from_json: bool = False
 ) -> None:
-    """Write the reports of the experiments `names` into `into`/SCALE, and what the README shows of them.
+    """Write the reports of the experiments `names` into `into`/SCALE, and what docs/results.md shows of them.
 
     With `from_json` the numbers are those of the JSON files there, and no run is needed: only the presentation is
     regenerated.
@@ -103,6 +104,7 @@ def _read_result(path: Path, grid: Grid) -> dict[str, Any]:
         raise UserError(
             f"--from-json: {path} is not the JSON of a report ({error}); write one from runs, without --from-json"
         ) from None
+    renew_verdicts(result["rows"])
     plots = [plot.model_dump(mode="json") for plot in grid.experiment.plots]
     shown = [{**plot, "rows": [name for name in plot["rows"] if name in known]} for plot in plots]
     return {**result, "trained": trained_on(grid), "plots": shown}

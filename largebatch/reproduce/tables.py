@@ -24,7 +24,7 @@ def markdown(result: Result, plots: Sequence[str]) -> str:
         f"# {settings['title']}, at scale {result['scale']}",
         f"{settings['source']}. {settings['text']}",
         f"What is compared: {_MEASURES[settings['measure']]}, mean ± standard deviation over seeds (their number in "
-        f"brackets), each row held against *{settings['reference']}* unless it says otherwise.",
+        f"brackets), each row compared with *{settings['reference']}* unless it says otherwise.",
         results_table(result),
         *_paragraphs(result),
         *(f"![{name}]({name})" for name in plots),
@@ -77,7 +77,7 @@ def mean_std(sample: Result | None, digits: int = 2) -> str:
 
 
 def readme_block(results: Sequence[Result], folder: str) -> str:
-    """What the README shows: the table and verdicts of each result that asks for it, with a link to the report in
+    """What docs/results.md shows: the table and verdicts of each result that asks for it, with a link to the report in
     `folder`, and how long all `results` took."""
     parts = []
     for result in [result for result in results if result["readme"]]:
@@ -172,7 +172,7 @@ def _at_chance(result: Result) -> list[str]:
     if not names:
         return []
     level = f"{result['chance']:.{_DIGITS[result['settings']['measure']]}f}"
-    return [f"At chance level ({level} by guessing), so nothing can be told from comparing them: {', '.join(names)}."]
+    return [f"At chance level ({level} by guessing), so comparing them shows nothing: {', '.join(names)}."]
 
 
 def _verdicts(result: Result) -> list[str]:
@@ -192,7 +192,7 @@ def _expected(result: Result) -> list[str]:
         lower, than = rows[order["lower"]], rows[order["than"]]
         p = "" if order["p"] is None else f" (p = {order['p']:.2g})"
         lines.append(
-            f"- {said[order['agrees']]}: the source has *{lower['name']}* below *{than['name']}*; here they are at "
+            f"- {said[order['agrees']]}: the source reports *{lower['name']}* below *{than['name']}*; here they are at "
             f"{measured(lower, digits)} and {measured(than, digits)}{p}"
         )
     return ["\n".join(lines)] if lines else []
@@ -204,13 +204,13 @@ def _best(result: Result) -> list[str]:
     digits = _DIGITS[result["settings"]["measure"]]
     lines = []
     for best in result["best"]:
-        edge = "; the end of what was tried, so the best may lie beyond" if best["at_the_edge"] else ""
+        edge = "; this is the edge of the range tried, so the best may lie beyond it" if best["at_the_edge"] else ""
         lost = ", ".join(f"{lr:g}" for lr in best["diverged"])
         lines.append(
             f"- *{best['line']}* (kn = {best['global_batch']}): {best['peak_lr']:g}, with "
-            f"{measured(rows[best['row']], digits)}{edge}" + (f"; a seed or more diverged at {lost}" if lost else "")
+            f"{measured(rows[best['row']], digits)}{edge}" + (f"; at least one seed diverged at {lost}" if lost else "")
         )
-    return ["The learning rate at which each is lowest:\n\n" + "\n".join(lines)] if lines else []
+    return ["The learning rate with the lowest value for each:\n\n" + "\n".join(lines)] if lines else []
 
 
 def _curve_table(result: Result) -> list[str]:
@@ -235,7 +235,7 @@ def _on_ranks(row: Result) -> str:
 def _provenance(provenance: Result) -> str:
     facts = {
         "command": f"`{provenance['command']}`",
-        "commit": ", ".join(provenance["commits"]) or "not from a checkout",
+        "commit": ", ".join(provenance["commits"]) or "not from a git checkout",
         "hardware": "; ".join(provenance["machines"]),
         "versions": "; ".join(provenance["versions"]),
         "duration": _duration(provenance),

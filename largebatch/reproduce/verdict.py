@@ -14,6 +14,8 @@ PAPERS_RUNS = 5
 _NOTHING_LEARNED = 0.9
 """From this share of the error (or loss) of guessing on, a row has learned too little to be compared with."""
 _WORDS = {1: "higher", -1: "lower"}
+_SAME_SIZE = 4.0
+"""Two differences agree if neither is more than this many times the other."""
 
 
 def paper_sample(value: PaperValue | None) -> Sample | None:
@@ -28,14 +30,14 @@ def is_at_chance(measured: Sample | None, chance: float | None) -> bool:
 
 def cannot_tell(row: str) -> dict[str, str]:
     """The verdict where the row that is compared with has learned nothing: any training looks alike from there."""
-    return {"agrees": "open", "words": f"cannot tell, since *{row}*, which it is held against, is at chance level"}
+    return {"agrees": "open", "words": f"cannot tell, since *{row}*, which it is compared with, is at chance level"}
 
 
 def verdict(ours: Welch | None, papers: Welch | None) -> dict[str, str] | None:
     """``agrees`` (yes, no or open) and the reason in ``words``; None where either cannot be tested.
 
-    A direction counts if Welch's test gives p < 0.05. That a difference was found in the paper and not here leaves
-    the question open: it may be there, and too small for so few seeds.
+    A direction counts if Welch's test gives p < 0.05. A difference found only in the paper leaves the question open: it
+    may exist but be too small for so few seeds. So does one of the same sign and another order of size.
     """
     if ours is None or papers is None:
         return None
@@ -43,12 +45,25 @@ def verdict(ours: Welch | None, papers: Welch | None) -> dict[str, str] | None:
     seen = f"{ours.difference:+.2f} here (p = {ours.p:.2g}), {papers.difference:+.2f} in the paper (p = {papers.p:.2g})"
     if here == there:
         said = f"{_WORDS[here]} in both" if here else "no clear difference in either"
+        ratio = ours.difference / papers.difference if here else 1.0
+        if not 1 / _SAME_SIZE <= ratio <= _SAME_SIZE:
+            return {"agrees": "open", "words": f"same sign, {ratio:.2g} times the paper's size: {said}: {seen}"}
         return {"agrees": "yes", "words": f"agrees: {said}: {seen}"}
     if here == 0:
         return {"agrees": "open", "words": f"not shown here: {_WORDS[there]} in the paper only: {seen}"}
     if there == 0:
         return {"agrees": "no", "words": f"differs: {_WORDS[here]} here only: {seen}"}
     return {"agrees": "no", "words": f"contradicts: {_WORDS[here]} here, {_WORDS[there]} in the paper: {seen}"}
+
+
+def renew_verdicts(rows: Sequence[dict[str, Any]]) -> None:
+    """Decide the verdicts of a report's rows again, from the numbers in its JSON."""
+    by_name = {row["name"]: row for row in rows}
+    for row in rows:
+        against = by_name.get(row["against"], row)
+        if row["verdict"] and not against.get("at_chance"):
+            papers = welch(Sample(**against["paper"]), Sample(**row["paper"]))
+            row["verdict"] = verdict(Welch(**row["comparison"]), papers)
 
 
 def check_expectation(order: Expectation, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -102,7 +117,7 @@ def _diverged(row: Mapping[str, Any]) -> bool:
 
 
 def compare_order(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How the pairs of rows that the paper tells apart are ordered here; None if it tells none apart."""
+    """How the pairs of rows that the paper distinguishes are ordered here; None if it distinguishes none."""
     usable = [r for r in rows if r["sample"] and r["paper_sample"]]
     same = opposite = undecided = 0
     for a, b in itertools.combinations(usable, 2):
@@ -116,7 +131,7 @@ def compare_order(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not pairs:
         return None
     words = (
-        f"Of {pairs} pairs of rows that the paper's numbers tell apart (p < {SIGNIFICANT}), {same} are ordered "
-        f"likewise here, {opposite} the other way round, and {undecided} cannot be told apart here."
+        f"Of {pairs} pairs of rows that the paper's numbers distinguish (p < {SIGNIFICANT}), {same} are ordered "
+        f"in the same way here, {opposite} the other way round, and {undecided} cannot be distinguished here."
     )
     return {"pairs": pairs, "same": same, "opposite": opposite, "undecided": undecided, "words": words}
