@@ -140,18 +140,18 @@ def plan(
     train_images, val_images = _images_of(loaded)
     name = config.parent.name if run else config.stem
     made = make_plan(loaded, name=name, world_size=ranks, train_images=train_images, val_images=val_images)
-    found = made.as_dict()
+    values = made.as_dict()
     text = describe(made)
     if run is not None:
         from largebatch.report.noise import read_noise_scale
 
         whole, thirds = read_noise_scale(run)
-        found["gradient_noise_scale"] = whole.images
+        values["gradient_noise_scale"] = whole.images
         text += "\n" + describe_limit(made, whole, thirds)
     if by_rank:
-        found["dealt_by_speed"] = dealt = dealt_by_speed(made, by_rank)
+        values["dealt_by_speed"] = dealt = dealt_by_speed(made, by_rank)
         text += "\n" + describe_deal(dealt)
-    print(json.dumps(found, indent=2) if as_json else text)
+    print(json.dumps(values, indent=2) if as_json else text)
 
 
 def _speeds(text: str | None, ranks: int) -> list[float]:
@@ -448,9 +448,9 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
 
 def _images_of(config: Any) -> tuple[int, int]:
     """Training and validation images: a fact for known sets, else read from the disk."""
-    from largebatch.data.catalog import facts
+    from largebatch.data.catalog import known_set
 
-    known = facts(config.data)
+    known = known_set(config.data)
     if known is not None:
         return known.train_images, known.val_images
     import torch

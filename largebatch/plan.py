@@ -191,28 +191,28 @@ def _explain_loss(loss: LossSettings) -> str:
 
 def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[str]:
     batch = config.batch
-    found = []
+    warnings = []
     if batch.global_batch > _LIMIT_OF_LINEAR_RULE and config.optimizer.kind == "sgd":
-        found.append(
+        warnings.append(
             f"the minibatch of {batch.global_batch} is beyond {_LIMIT_OF_LINEAR_RULE}: in the paper the linear rule "
             "with plain SGD loses accuracy from 16k on (Figure 1); expect a higher error"
         )
     if batch.images_per_worker != _WORKER_OF_THE_PAPER:
-        found.append(
+        warnings.append(
             f"images_per_worker is {batch.images_per_worker}, not the paper's {_WORKER_OF_THE_PAPER}: n decides what "
             "BatchNorm normalises together, so the small-batch reference must use the same n to be comparable (§2.3)"
         )
     if 0 < schedule.warmup_steps < _SHORT_WARMUP:
-        found.append(
+        warnings.append(
             f"the warmup has only {schedule.warmup_steps} steps (the paper's has 780 at a minibatch of 8192): each "
             "raises the learning rate by a lot; if the loss jumps, warm up for more epochs"
         )
     if len(set(workers)) > 1:
-        found.append(
+        warnings.append(
             f"{batch.virtual_workers} virtual workers on {len(workers)} ranks are dealt unevenly "
             f"({max(workers)} on some, {min(workers)} on others): the result is the same, but ranks with fewer wait"
         )
-    return found + [text for odd, text in _odd_combinations(config, schedule) if odd]
+    return warnings + [text for odd, text in _odd_combinations(config, schedule) if odd]
 
 
 def _odd_combinations(config: Config, schedule: Schedule) -> list[tuple[bool, str]]:

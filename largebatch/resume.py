@@ -13,7 +13,7 @@ from largebatch.recipe.resize import Resize, make_resize, rescaled_workers
 from largebatch.training.checkpoint import TrainState
 
 
-def go_on(
+def resume_config(
     config: Config,
     state: TrainState | None,
     *,
@@ -47,10 +47,10 @@ def go_on(
 
 def check_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
     """Raise UserError if what `describe` says `now` of a part is not what it said `before`."""
-    found = [text for part in now if part in before and (text := changes(before[part], now[part], part))]
-    if found:
+    differences = [text for part in now if part in before and (text := changes(before[part], now[part], part))]
+    if differences:
         raise UserError(
-            f"data.root: {'; '.join(found)}. The run was trained on the original data: restore them (to skip "
+            f"data.root: {'; '.join(differences)}. The run was trained on the original data: restore them (to skip "
             "a damaged file, keep it and set data.on_error=skip), start over in another folder, or set "
             "data.on_change=accept"
         )

@@ -13,7 +13,7 @@ from torch import nn
 
 from largebatch.config import Config
 from largebatch.configfile.loading import digest
-from largebatch.data.catalog import facts
+from largebatch.data.catalog import known_set
 from largebatch.data.load import load
 from largebatch.data.mixing import Mixing
 from largebatch.data.own import PARTS
@@ -31,7 +31,7 @@ from largebatch.recipe.batch import deal_equally
 from largebatch.report.environment import code_digest
 from largebatch.report.metrics import MetricsWriter, open_writers
 from largebatch.report.progress import open_progress
-from largebatch.resume import describe_resize, go_on
+from largebatch.resume import describe_resize, resume_config
 from largebatch.runfolder import RunFolder
 from largebatch.training.averaging import WeightAverage
 from largebatch.training.checkpoint import CheckpointFolder, deserialise
@@ -97,7 +97,7 @@ def check_alike(own: dict[str, str], ranks: Ranks) -> None:
 
 def _check_before_start(config: Config, folder: RunFolder, resume: str, launch: Launch) -> None:
     """Every error that can be found without data, device or the other ranks."""
-    known = facts(config.data)
+    known = known_set(config.data)
     if known is not None:
         make_order(config, known.train_images)
     folder.check_is_folder()
@@ -119,7 +119,7 @@ def _train_connected(
     state = None if data is None else deserialise(data, ranks.device)
     images = sources[0].images
     resolved = config.for_ranks(ranks.world_size)
-    current, resize = go_on(resolved, state, world_size=ranks.world_size, train_images=images, data=seen)
+    current, resize = resume_config(resolved, state, world_size=ranks.world_size, train_images=images, data=seen)
     plan = make_plan(
         current,
         name=name,

@@ -88,9 +88,9 @@ def verify(config: Config, steps: int, launch: Launch, run_dir: Path) -> None:
             if members is not None:
                 records.append(_run(config, steps, members, sources, shuffled))
             groups.sleep()
-        found = ranks.from_main(lambda: _report(config, records, run_dir))
-    if found:
-        raise HealthError(found)
+        difference = ranks.from_main(lambda: _report(config, records, run_dir))
+    if difference:
+        raise HealthError(difference)
 
 
 def _run(
@@ -106,7 +106,7 @@ def _run(
             warnings.filterwarnings("always", message=".*deterministic.*")
             _step(trainer, step)
         record.warned += [str(w.message).split(". ")[0] for w in warned if "deterministic" in str(w.message)]
-        record.outputs.append(dict(itertools.chain(*(own.items() for own in members.gather(outputs)))))
+        record.outputs.append(dict(itertools.chain(*(of_rank.items() for of_rank in members.gather(outputs)))))
         tensors = named_tensors(trainer.virtual.model, trainer.optimizer)
         record.tensors.append({name: int(checksum(tensor)) for name, tensor in tensors})
     return record
@@ -168,24 +168,24 @@ def _is_small(module: nn.Module) -> bool:
 def _report(config: Config, records: list[Record], run_dir: Path) -> str:
     """Print and write what was seen; the first difference in words, empty if there is none."""
     alone, *others = records
-    found = [_difference(alone, other) for other in others]
+    differences = [_difference(alone, other) for other in others]
     width = max(len(record.name) for record in records)
     steps = len(alone.tensors)
     print(f"{alone.name:<{width}}  {steps} steps, {len(alone.tensors[0])} tensors, {alone.digests[-1][:16]}")
-    for other, difference in zip(others, found, strict=True):
+    for other, difference in zip(others, differences, strict=True):
         print(f"{other.name:<{width}}  {difference or 'the same bits after each step'}", flush=True)
     result = {
         "environment": describe_environment(),
         "config": config.model_dump(mode="json"),
         "runs": [{"name": r.name, "sha256": r.digests, "warned": sorted(set(r.warned))} for r in records],
-        "differences": {other.name: text for other, text in zip(others, found, strict=True) if text},
+        "differences": {other.name: text for other, text in zip(others, differences, strict=True) if text},
     }
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json_atomically(run_dir / "verify.json", result)
     except OSError as error:
         raise UserError(f"--run-dir: {error.filename or run_dir}: {error.strerror}; give another folder") from error
-    first = next(filter(None, found), "")
+    first = next(filter(None, differences), "")
     warned = sorted({text for record in records for text in record.warned})
     kernel = f" torch says: {warned[0]}." if first and warned else ""
     return f"the bits depend on the number of ranks: {first}.{kernel} {_CAUSES}" if first else ""

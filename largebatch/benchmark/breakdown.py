@@ -135,19 +135,19 @@ def noise_in(measurement: Mapping[str, Any]) -> list[str]:
     More ranks cannot be faster, each, than fewer, and no part of a step takes less than no time; a little beyond is
     what rounds differ by.
     """
-    found = [
+    impossible = [
         f"{part.replace('_', ' ')} {1000 * measurement[part]:.2f} ms, below zero"
         for part in PARTS
         if measurement[part] < -_SLACK * measurement["step"]
     ]
-    found += [
+    impossible += [
         f"efficiency {100 * known['value']:.0f} % vs {name}, above 100 %"
         for name, known in measurement["efficiencies"].items()
         if known["value"] > 1 + _SLACK and measurement["world_size"] > _ranks_of(name)
     ]
     if abs(measurement["closure"]) > 2 * _SLACK:
-        found.append(f"parts that sum to {100 * (1 + measurement['closure']):.0f} % of the step")
-    return found
+        impossible.append(f"parts that sum to {100 * (1 + measurement['closure']):.0f} % of the step")
+    return impossible
 
 
 def _ranks_of(baseline: str) -> int:

@@ -38,18 +38,18 @@ def measure_allreduce(
     options: Options, groups: Subgroups, ranks_per_node: int, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """The backend's all-reduce and the reproducible one at every N above 1; complete on rank 0."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for count in options.ranks:
         members = groups.first(count) if count > 1 else None
         if members is not None:
             note(f"all-reduce alone, N={count}")
-            found += _measure_group(members, ranks_per_node, options.largest_allreduce)
+            rows += _measure_group(members, ranks_per_node, options.largest_allreduce)
         groups.sleep()
-    return found
+    return rows
 
 
 def _measure_group(members: Ranks, ranks_per_node: int, largest: int) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     size = _SMALLEST
     while size <= largest:
         buffers = {name: torch.ones(size // 4, dtype=dtype, device=members.device) for name, dtype in SENT_AS.items()}
@@ -59,11 +59,11 @@ def _measure_group(members: Ranks, ranks_per_node: int, largest: int) -> list[di
         for _ in range(_ROUNDS):
             for name, buffer in buffers.items():
                 windows[name].append(_seconds(buffer, members, calls))
-        found += [_row(name, size, members.world_size, ranks_per_node, windows[name]) for name in SENT_AS]
+        rows += [_row(name, size, members.world_size, ranks_per_node, windows[name]) for name in SENT_AS]
         if max(once.values()) > _PATIENCE:
             break
         size *= 4
-    return found
+    return rows
 
 
 def _seconds(buffer: torch.Tensor, members: Ranks, calls: int) -> float:

@@ -154,8 +154,8 @@ def fit_communication(rows: Sequence[tuple[Result, Mapping[str, Any]]], algorith
     # With one nominal rate the two costs of a byte between nodes cannot be separated.
     names = [name for name in COMMUNICATION if name != "host_per_byte" or len({rate_of(r) for r, _ in rows}) > 1]
     matrix = np.array([[c[name] for name in names] for c in coefficients]).reshape(len(rows), len(names))
-    found = nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(rows)))
-    return dict(zip(names, found.tolist(), strict=True))
+    solution = nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(rows)))
+    return dict(zip(names, solution.tolist(), strict=True))
 
 
 def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -103,15 +103,15 @@ def _layers() -> list[tuple[int, int]]:
     """(parameters, multiplications for an image) of ResNet-50's layers, first to last."""
     from torchvision.models import resnet50
 
-    found: list[list[int]] = []
+    layers: list[list[int]] = []
 
     def note(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         parameters = sum(p.numel() for p in module.parameters(recurse=False))
         if isinstance(module, nn.BatchNorm2d):
-            found[-1][0] += parameters
+            layers[-1][0] += parameters
             return
         assert isinstance(module.weight, Tensor)
-        found.append([parameters, module.weight.numel() * output[0, 0].numel() if output.dim() > 2 else parameters])
+        layers.append([parameters, module.weight.numel() * output[0, 0].numel() if output.dim() > 2 else parameters])
 
     # Shapes alone: on the meta device nothing is computed.
     with torch.device("meta"):
@@ -120,7 +120,7 @@ def _layers() -> list[tuple[int, int]]:
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
                 module.register_forward_hook(note)
         model(torch.empty(1, 3, 224, 224))
-    return [(parameters, work) for parameters, work in found]
+    return [(parameters, work) for parameters, work in layers]
 
 
 def assumptions() -> Sequence[str]:
@@ -146,7 +146,7 @@ def assumptions() -> Sequence[str]:
 
 def as_markdown() -> str:
     """The example as the documentation holds it."""
-    found = worked_example()
+    example = worked_example()
     between = messages("two_level", GRADIENTS, Layout(SERVERS * RANKS_PER_SERVER, RANKS_PER_SERVER), ETHERNET)
     wire = allreduce_seconds(Parameters(compute=0.0, network_overhead=ASSUMED_OVERHEAD), between)
     lines = [
@@ -156,20 +156,21 @@ def as_markdown() -> str:
         "",
         "| | model | paper |",
         "| --- | --- | --- |",
-        f"| step on one server | {1000 * found.step_on_one_server:.1f} ms | {1000 * STEP:.1f} ms (29 h) |",
-        f"| all-reduce over {SERVERS} servers, alone | {1000 * found.communication:.1f} ms, of which the Ethernet's "
+        f"| step on one server | {1000 * example.step_on_one_server:.1f} ms | {1000 * STEP:.1f} ms (29 h) |",
+        f"| all-reduce over {SERVERS} servers, alone | {1000 * example.communication:.1f} ms, of which the Ethernet's "
         f"bytes {1000 * wire:.1f} ms | – |",
-        f"| exposed communication | {1000 * found.hidden.exposed_communication:.2f} ms | – |",
-        f"| longer step on {SERVERS} servers, all hidden | {100 * found.increase_hidden:+.1f} % | "
+        f"| exposed communication | {1000 * example.hidden.exposed_communication:.2f} ms | – |",
+        f"| longer step on {SERVERS} servers, all hidden | {100 * example.increase_hidden:+.1f} % | "
         f"{100 * REPORTED_INCREASE:+.0f} % |",
-        f"| longer step, nothing hidden | {100 * found.increase_unhidden:+.1f} % | {100 * REPORTED_INCREASE:+.0f} % |",
-        f"| efficiency relative to one server | {100 / (1 + found.increase_hidden):.1f} % (hidden), "
-        f"{100 / (1 + found.increase_unhidden):.1f} % (not) | ~{100 * REPORTED_EFFICIENCY:.0f} % |",
+        f"| longer step, nothing hidden | {100 * example.increase_unhidden:+.1f} % | "
+        f"{100 * REPORTED_INCREASE:+.0f} % |",
+        f"| efficiency relative to one server | {100 / (1 + example.increase_hidden):.1f} % (hidden), "
+        f"{100 / (1 + example.increase_unhidden):.1f} % (not) | ~{100 * REPORTED_EFFICIENCY:.0f} % |",
         "",
         f"The reported {100 * REPORTED_INCREASE:+.0f} % lies between the two. It results if a step loses "
-        f"{100 * found.contention_for_reported:.0f} % of the time of the communication it hides (copies from GPUs to "
+        f"{100 * example.contention_for_reported:.0f} % of the time of the communication it hides (copies from GPUs to "
         "hosts, NCCL's kernels and sums on CPUs take resources from the compute), or if the compute time of a GPU "
-        f"varies by {1000 * found.jitter_for_reported:.1f} ms ({100 * found.jitter_for_reported / STEP:.1f} % of "
+        f"varies by {1000 * example.jitter_for_reported:.1f} ms ({100 * example.jitter_for_reported / STEP:.1f} % of "
         "a step, standard deviation), since each step waits for the slowest of 352. The Ethernet is not the limit: "
         f"the bytes need {1000 * wire:.0f} ms, and {1000 * BACKWARD:.0f} ms are available.",
     ]

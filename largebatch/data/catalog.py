@@ -67,7 +67,7 @@ def whole_set(settings: DataSettings) -> SetFacts | None:
     return known
 
 
-def facts(settings: DataSettings) -> SetFacts | None:
+def known_set(settings: DataSettings) -> SetFacts | None:
     """The facts of what a run uses; None where only the disk knows (`imagefolder`, your own set).
 
     Raises ConfigError where `mean` or `std` do not fit the channels.

@@ -16,10 +16,10 @@ _NAMED = "fix /etc/hosts or the name server; until then use torchrun --local-add
 def resolve(name: str) -> list[str]:
     """The addresses of a host name, most wanted first; none if it has none."""
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
         return []
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
 def can_bind(address: str) -> bool:

@@ -25,14 +25,14 @@ def compile_regions(model: nn.Module) -> None:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost composite modules that stand in a row, such as a ResNet's residual blocks; none of a plain chain of
     layers."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS) and any(child.children()):
-                found.append(child)
+                blocks.append(child)
             else:
                 visit(child)
 
     visit(model)
-    return found
+    return blocks

@@ -105,15 +105,15 @@ def _read(source: str, name: str) -> dict[str, Tensor]:
     """The tensors of `source` by name. Raises ConfigError."""
     try:
         if source.startswith("torchvision:"):
-            found = _of_torchvision(source, name)
+            content = _of_torchvision(source, name)
         else:
-            found = _of_file(_file(Path(source).expanduser()))
+            content = _of_file(_file(Path(source).expanduser()))
     except (ConfigError, KeyboardInterrupt):
         raise
     except Exception as error:  # no network, a damaged file: whatever its bytes happen to mean
         raise config_error(_KEY, source, f"cannot be read: {reason(error)}") from error
-    inside = [found[key] for key in _INSIDE if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
-    tensors = inside[0] if inside else found
+    inside = [content[key] for key in _INSIDE if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
+    tensors = inside[0] if inside else content
     if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise config_error(_KEY, source, "holds no state_dict (names and tensors)")
     return dict(tensors)

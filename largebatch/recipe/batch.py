@@ -85,7 +85,7 @@ class Deal:
     workers_per_pass: int = 1
 
     def __post_init__(self) -> None:
-        dealt = sorted(p for own in self.passes for p in own)
+        dealt = sorted(p for of_rank in self.passes for p in of_rank)
         if dealt != list(range(len(dealt))):
             raise ValueError(f"each pass must be dealt to one rank, these are {dealt}")
         if not all(self.passes):
@@ -104,11 +104,11 @@ class Deal:
 
     def workers_on_rank(self) -> list[int]:
         """Virtual workers on each rank (`workers_on_rank` of the plan)."""
-        return [len(own) * self.workers_per_pass for own in self.passes]
+        return [len(of_rank) * self.workers_per_pass for of_rank in self.passes]
 
     def seconds(self, of_a_pass: Sequence[float]) -> float:
         """How long the slowest rank takes for its passes, each of which takes a rank so long."""
-        return max(len(own) * seconds for own, seconds in zip(self.passes, of_a_pass, strict=True))
+        return max(len(of_rank) * seconds for of_rank, seconds in zip(self.passes, of_a_pass, strict=True))
 
 
 def deal_equally(virtual_workers: int, workers_per_pass: int, world_size: int) -> Deal:

@@ -108,8 +108,8 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
     first = runs[0]
     finished = [folders.of(run) for run in runs if folders.standing(run).state == "finished"]
     curves = {run.seed: _curve(run, grid, folders) for run in runs if folders.standing(run).state == "finished"}
-    found = [_outcome(run, grid, folders, curves) for run in runs]
-    measured = sample([run["value"] for run in found if run["value"] is not None])
+    outcomes = [_outcome(run, grid, folders, curves) for run in runs]
+    measured = sample([run["value"] for run in outcomes if run["value"] is not None])
     return {
         "name": row.name,
         "line": row.line,
@@ -118,7 +118,7 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
         "in_table": row.name in tabled,
         "global_batch": first.config.batch.global_batch,
         "peak_lr": schedule_of(first).peak_lr,
-        "runs": found,
+        "runs": outcomes,
         "noise_scale": noise_scale_of(finished) if grid.experiment.noise_scale else None,
         "sample": measured,
         "paper_sample": paper_sample(row.paper),
@@ -129,14 +129,14 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
 def _outcome(run: Run, grid: Grid, folders: Folders, curves: dict[int, Curve]) -> dict[str, Any]:
     """One run: its state, and what was measured if it finished."""
     standing = folders.standing(run)
-    found: dict[str, Any] = {"seed": run.seed, "key": run.key, "state": standing.state, "value": None}
+    outcome: dict[str, Any] = {"seed": run.seed, "key": run.key, "state": standing.state, "value": None}
     if standing.state != "finished":
-        return found
+        return outcome
     summary = json.loads((folders.of(run) / "summary.json").read_text(encoding="utf-8"))
     last = curves[run.seed][-1]
     value = summary["top1_error_median_last5"] if grid.experiment.measure == "top1_error" else last
     return {
-        **found,
+        **outcome,
         "value": value,
         "top1_error": summary["top1_error"],
         "last_of_curve": last,

@@ -16,7 +16,7 @@ from typing import Any
 
 from largebatch.config import Config, differences, read_config
 from largebatch.configfile.loading import dump_config
-from largebatch.data.catalog import facts
+from largebatch.data.catalog import known_set
 from largebatch.errors import EXIT_HEALTH, DataError, UserError
 from largebatch.plan import make_order, run_schedule
 from largebatch.recipe.schedule import Schedule
@@ -79,13 +79,13 @@ class Folders:
 
     def end(self, run: Run, exit_status: int) -> Standing:
         """Note how the process of a run ended, unless it finished."""
-        found = self.standing(run)
-        if found.state == "finished":
-            return found
+        standing = self.standing(run)
+        if standing.state == "finished":
+            return standing
         state = "diverged" if exit_status == EXIT_HEALTH else "failed"
         message = last_words(self.of(run) / LOG) or f"ended with exit status {exit_status} and printed nothing"
         write_json_atomically(self.of(run) / _OUTCOME, {"state": state, "message": message})
-        return Standing(state, found.step, message)
+        return Standing(state, standing.step, message)
 
     def changes(self, grid: Grid) -> list[str]:
         """What differs from when the experiment was last run: a line for each reason, with the runs it is of."""
@@ -129,7 +129,7 @@ class Folders:
 
 def images_of(run: Run) -> int:
     """Training images of the run's set. Raises UserError where only the disk knows."""
-    known = facts(run.config.data)
+    known = known_set(run.config.data)
     if known is None:
         raise UserError(f"row {run.row!r}: data.name {run.config.data.name}: an experiment needs a set of known size")
     return known.train_images
@@ -173,10 +173,10 @@ def _config_changes(folder: Path, config: Config) -> list[str]:
 
 def _last_step(folder: Path) -> int:
     try:
-        found = read_metrics(folder)
+        records = read_metrics(folder)
     except DataError:
         return 0
-    return int(found[-1]["step"]) if found else 0
+    return int(records[-1]["step"]) if records else 0
 
 
 def _is_held(folder: Path) -> bool:

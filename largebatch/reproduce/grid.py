@@ -106,8 +106,8 @@ def _flat(delta: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 def training_code_digest() -> str:
     """SHA-256 of the code that the numbers of a run depend on; comments, docstrings and formatting do not count."""
     package = Path(__file__).parents[1]
-    found = [package / name for name in _CODE_THAT_COUNTS]
-    files = [file for path in found for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    paths = [package / name for name in _CODE_THAT_COUNTS]
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     hashed = hashlib.sha256()
     for file in files:
         hashed.update(

@@ -14,14 +14,14 @@ from largebatch.reproduce.statistics import SIGNIFICANT
 
 def noise_scale_of(run_dirs: Sequence[Path]) -> float | None:
     """The gradient noise scale (images) of a row's finished runs together; None if they did not measure it."""
-    found = []
+    scales = []
     for run_dir in run_dirs:
         try:
-            found.append(read_noise_scale(run_dir)[0])
+            scales.append(read_noise_scale(run_dir)[0])
         except DataError:
             continue
-    squared_norm = math.fsum(scale.squared_norm for scale in found)
-    return math.fsum(scale.noise for scale in found) / squared_norm if squared_norm > 0 else None
+    squared_norm = math.fsum(scale.squared_norm for scale in scales)
+    return math.fsum(scale.noise for scale in scales) / squared_norm if squared_norm > 0 else None
 
 
 def find_knee(rows: Sequence[Mapping[str, Any]], reference: str, predicted: float | None) -> dict[str, Any]:

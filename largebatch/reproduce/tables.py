@@ -101,15 +101,15 @@ def readme_block(results: Sequence[Result], folder: str) -> str:
 def _all_durations(results: Sequence[Result]) -> str:
     """Seconds of training of all experiments; a run that several share counts once, where it is met first."""
     seen: set[str] = set()
-    found = {}
+    durations = {}
     for result in sorted(results, key=lambda result: result["experiment"] == "minibatch-size"):
         runs = {run["key"]: run.get("seconds", 0.0) for row in result["rows"] for run in row["runs"]}
         new = {key: seconds for key, seconds in runs.items() if key not in seen}
         seen |= new.keys()
-        found[result["experiment"]] = (len(new), sum(new.values()))
-    last = found.pop("minibatch-size", None) if len(found) > 1 else None
-    names = ", ".join(f"`{name}`" for name in found)
-    said = f"{names} together: {_runs_and_time(*map(sum, zip(*found.values(), strict=True)))}"
+        durations[result["experiment"]] = (len(new), sum(new.values()))
+    last = durations.pop("minibatch-size", None) if len(durations) > 1 else None
+    names = ", ".join(f"`{name}`" for name in durations)
+    said = f"{names} together: {_runs_and_time(*map(sum, zip(*durations.values(), strict=True)))}"
     return said + (f"; `minibatch-size` adds {_runs_and_time(*last)}." if last else ".")
 
 

@@ -73,14 +73,14 @@ def check_expectation(order: Expectation, rows: Mapping[str, Mapping[str, Any]])
     level none is.
     """
     lower, than = rows[order.lower], rows[order.than]
-    found = welch(than["sample"], lower["sample"])
-    direction = found.direction if found else 0
+    difference = welch(than["sample"], lower["sample"])
+    direction = difference.direction if difference else 0
     if (direction == -1 and _diverged(lower)) or (lower.get("at_chance") and than.get("at_chance")):
         direction = 0
     return {
         "lower": order.lower,
         "than": order.than,
-        "p": found.p if found else None,
+        "p": difference.p if difference else None,
         "agrees": {-1: "yes", 0: "open", 1: "no"}[direction],
     }
 
@@ -93,13 +93,13 @@ def best_of_lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         lines.setdefault(row["line"], []).append(row)
-    found = []
+    best_rows = []
     for line, members in lines.items():
         usable = [row for row in members if row["sample"] and not _diverged(row) and not row.get("at_chance")]
         if line and usable and len({row["peak_lr"] for row in members}) > 1:
             best = min(usable, key=lambda row: row["sample"].mean)
             rates = [row["peak_lr"] for row in members]
-            found.append(
+            best_rows.append(
                 {
                     "line": line,
                     "row": best["name"],
@@ -109,7 +109,7 @@ def best_of_lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "diverged": [row["peak_lr"] for row in members if _diverged(row)],
                 }
             )
-    return found
+    return best_rows
 
 
 def _diverged(row: Mapping[str, Any]) -> bool:
@@ -125,8 +125,8 @@ def compare_order(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         if papers is None or papers.direction == 0:
             continue
         both_at_chance = a.get("at_chance") and b.get("at_chance")
-        found = 0 if ours is None or both_at_chance else ours.direction * papers.direction
-        same, opposite, undecided = same + (found > 0), opposite + (found < 0), undecided + (found == 0)
+        sign = 0 if ours is None or both_at_chance else ours.direction * papers.direction
+        same, opposite, undecided = same + (sign > 0), opposite + (sign < 0), undecided + (sign == 0)
     pairs = same + opposite + undecided
     if not pairs:
         return None
