@@ -155,11 +155,11 @@ def _explain_lr(config: Config, schedule: Schedule) -> str:
     ratio = f"{batch}/{s.reference_batch}"
     if s.scale == "loss":
         return f"{s.reference_lr:g}: the factor scales the loss instead (remark 1 of §3 done wrong)"
-    usual = f"usual for {kind}, whose update is as large for any gradient (You et al. 2020, Malladi et al. 2022)"
+    usual = f", usual for {kind}, whose update is as large for any gradient (You et al. 2020, Malladi et al. 2022)"
     rule = {
         "linear": f"{s.reference_lr:g} x {ratio}: the linear scaling rule (§2.1)",
-        "sqrt": f"{s.reference_lr:g} x sqrt({ratio}): the square-root rule "
-        + (usual if config.optimizer.adaptive else "(an ablation, Table 2a)"),
+        "sqrt": f"{s.reference_lr:g} x sqrt({ratio}): the square-root rule"
+        + (usual if config.optimizer.adaptive else " (an ablation, Table 2a)"),
         "none": f"{s.reference_lr:g} for any minibatch: not scaled (an ablation, Table 2a)",
     }
     return rule[s.lr_rule]
@@ -219,6 +219,7 @@ def _odd_combinations(config: Config, schedule: Schedule) -> list[tuple[bool, st
     """What is allowed and rarely meant: whether it is so here, and a warning."""
     optimizer, s = config.optimizer, config.schedule
     kind, adaptive, decay = optimizer.kind, optimizer.adaptive, optimizer.weight_decay
+    how = config.data.augmentation
     weights = config.model.init_from or config.model.arguments.get("weights")
     return [
         (
@@ -248,6 +249,20 @@ def _odd_combinations(config: Config, schedule: Schedule) -> list[tuple[bool, st
             optimizer.layer_decay < 1 and not weights,
             f"optimizer.layer_decay {optimizer.layer_decay:g} keeps the first layers near where they start, which is "
             "random here; it is for weights to start from (model.init_from)",
+        ),
+        (
+            adaptive and s.scale == "loss",
+            f"schedule.scale loss does nothing here: {kind}'s update does not grow with the loss",
+        ),
+        (
+            config.loss.target_threshold is not None and not (how.mixes or config.loss.label_smoothing),
+            f"loss.target_threshold {config.loss.target_threshold} does nothing: without mixup or CutMix targets are 0 "
+            "or 1",
+        ),
+        (
+            (config.ema.decay or 0) > 1 - 1 / schedule.total_steps and not config.ema.warmup,
+            f"ema.decay {config.ema.decay} averages over more updates than the run's {schedule.total_steps}, so that "
+            "the average stays near the start; lower it, or let it warm up (ema.warmup)",
         ),
         (
             config.loss.name == "bce" and kind == "sgd",

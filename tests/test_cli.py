@@ -327,6 +327,8 @@ class TestPlan:
             ("optimizer.weight_decay=0.05", "is one of AdamW"),
             ("optimizer.layer_decay=0.75", "it is for weights to start from"),
             ("loss.name=bce", "SGD needs a larger schedule.reference_lr"),
+            ("loss={name: bce, target_threshold: 0.2}", "loss.target_threshold 0.2 does nothing"),
+            ("ema={decay: 0.99999, warmup: false}", "more updates than the run's 14040"),
         ],
     )
     def test_warnings(self, override: str, warning: str) -> None:
@@ -334,10 +336,11 @@ class TestPlan:
         assert any(warning in text for text in found)
 
     def test_adamw_with_what_is_sgds_warns_of_each_and_says_why_its_rate_grows_with_the_root(self) -> None:
-        odd = ["schedule={lr_rule: linear, warmup: {kind: none}}", "optimizer={kind: adamw}"]
+        odd = ["schedule={lr_rule: linear, scale: loss, warmup: {kind: none}}", "optimizer={kind: adamw}"]
         found = json.loads(call("plan", IMAGENET, "--json", *odd).out)["warnings"]
-        assert len(found) == 4
-        for text, said in zip(found, ("lr_rule", "reference_lr 0.1", "without a warmup", "weight_decay"), strict=True):
+        for text, said in zip(
+            found, ("lr_rule", "reference_lr 0.1", "without a warmup", "weight_decay", "scale loss"), strict=True
+        ):
             assert said in text
         usual = [
             "schedule={lr_rule: sqrt, reference_lr: 0.001, warmup: {start_lr: 1.0e-6}}",
@@ -346,7 +349,7 @@ class TestPlan:
         ]
         outcome = call("plan", IMAGENET, *usual)
         assert "warning" not in outcome.out
-        assert "0.00565685 = 0.001 x sqrt(8192/256): the square-root rule usual for adamw, whose update" in outcome.out
+        assert "0.00565685 = 0.001 x sqrt(8192/256): the square-root rule, usual for adamw, whose update" in outcome.out
         assert "780 steps, gradual, from 1e-06 to 0.00565685" in outcome.out
         assert "weight decay 0.05 (of no normalisation layer or bias), gradients clipped to norm 1" in outcome.out
         assert "cross_entropy, label smoothing 0.1" in outcome.out

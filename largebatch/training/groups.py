@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -69,7 +68,8 @@ def _of_one_dimension(model: nn.Module) -> set[int]:
             found |= {id(p) for p in module.parameters(recurse=False)}
         elif isinstance(bias := getattr(module, "bias", None), Tensor):
             found.add(id(bias))
-    names: Iterable[str] = getattr(model, "no_weight_decay", tuple)()
+    names = getattr(model, "no_weight_decay", ())
+    names = [*(names() if callable(names) else names)]
     return found | {id(p) for name, p in model.named_parameters() if any(fnmatchcase(name, n) for n in names)}
 
 
