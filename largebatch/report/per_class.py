@@ -60,5 +60,5 @@ def _figure(names: Sequence[str], confusion: np.ndarray) -> Any:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     accuracy = 100 * confusion.diagonal().sum() / max(confusion.sum(), 1)
-    explain(figure, f"{confusion.sum()} images, {accuracy:.2f} % right", "each row is one class's images")
+    explain(figure, f"{confusion.sum()} labels, {accuracy:.2f} % right", "each row is one class's images")
     return figure
