@@ -37,6 +37,11 @@ def ratio(name: str) -> str:
     return f"{found['median']:.3f} (quartiles {low:.3f} to {high:.3f}, n = {found['n']} pairs)"
 
 
+def measured_at(found: dict[str, Any]) -> str:
+    """Precision and commit of a measurement, so that one older than the code can be recognised."""
+    return f"{found['config']['execution']['precision']}, commit {found['environment']['git']['commit'][:9]}"
+
+
 def jpeg() -> str:
     found = read("train/jpeg.json")
     loader, whole = (found[name]["ratio_to_reference"] for name in ("loader", "whole"))
@@ -78,8 +83,8 @@ def benchmark() -> str:
     rounds = len({window["round"] for window in measurements[0]["windows"]})
     head = (
         f"`torchrun --standalone --nproc-per-node=2 -m largebatch {found['command']}` on "
-        f"{machine_text(found['environment'])}, gloo, one thread per rank; medians of {rounds} interleaved rounds ± "
-        f"half the interquartile range ([report]({folder}/benchmark.md))."
+        f"{machine_text(found['environment'])}, gloo, one thread per rank, {measured_at(found)}; medians of "
+        f"{rounds} interleaved rounds ± half the interquartile range ([report]({folder}/benchmark.md))."
     )
     plots = "\n".join(
         f"![{what}]({folder}/{name}.png)"
@@ -114,7 +119,7 @@ def against_ddp() -> str:
         "the same, N = 2",
         "weak-scaling efficiency relative to plain DDP's",
     ]
-    comparisons = read("benchmark/ddp_comparison.json")["found"]
+    comparison = read("benchmark/ddp_comparison.json")
     cells = [
         [
             found["reduction"],
@@ -123,11 +128,11 @@ def against_ddp() -> str:
             f"{found['speed_over_plain']['2']:.3f}",
             "{:.3f} ({:.3f} to {:.3f})".format(found["ratio_of_efficiencies"], *found["interval"]),
         ]
-        for found in comparisons
+        for found in comparison["found"]
     ]
     return (
         "Against a hand-written DistributedDataParallel loop with the same model and micro-batches, in interleaved "
-        f"windows (`benchmarks/ddp_comparison.py`):\n\n{as_markdown((head, cells))}\n\n"
+        f"windows (`benchmarks/ddp_comparison.py`), {measured_at(comparison)}:\n\n{as_markdown((head, cells))}\n\n"
         "The last column is the N = 2 column over the N = 1 column, with its 95 % bootstrap interval: the ratio of the "
         "two programs' efficiencies. The efficiencies themselves are in the table above, since windows of four "
         "programs that take turns on the same caches slow one another down. Our step has one small all-reduce more "

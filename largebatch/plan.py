@@ -348,14 +348,14 @@ def describe(plan: Plan) -> str:
         (
             "ranks N",
             f"{plan.world_size}, each running {_each(plan.workers_on_rank)} virtual workers "
-            f"({_each(plan.images_on_rank)} images) a step",
+            f"({_each(plan.images_on_rank)} images) per step",
         ),
         (
             "training images",
             f"{plan.train_images}, of which each epoch drops {plan.dropped_images}"
             + (f" and shows the others {plan.repeats} times" if plan.repeats > 1 else ""),
         ),
-        ("steps", f"{plan.total_steps}, {plan.steps_per_epoch} an epoch"),
+        ("steps", f"{plan.total_steps}, {plan.steps_per_epoch} per epoch"),
         ("peak learning rate", f"{plan.peak_lr:g} = {plan.lr_explanation}"),
         ("warmup", warmup),
         ("decay", decay),
