@@ -163,7 +163,6 @@ class RunFolder:
     ) -> None:
         """What is known before the first step."""
         train, _ = sources
-        from_files = plan.image_size is not None
         inference = {
             "model": config.model.model_dump(mode="json"),
             "weights": self._model.name,
@@ -171,7 +170,7 @@ class RunFolder:
             "shape": list(train.shape),
             "mean": list(train.mean),
             "std": list(train.std),
-            "resize_size": config.data.short_side if from_files else None,
+            "resize_size": sources[1].resize_size,
             "data": data,
         }
         with self.writing():

@@ -30,6 +30,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images of two classes, and beside it the run that was trained on it."""
     folder = tmp_path_factory.mktemp("photos")
     make_folder(folder)
+    generator = np.random.default_rng(0)
+    for path in (folder / "set/val").rglob("*.jpg"):  # something for which resizing and cropping matter
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), np.uint8))
+        coarse.resize((40, 30), Image.Resampling.BICUBIC).save(path, quality=95)
     outcome = call("train", folder / "config.yaml", "--run-dir", folder / "run", "ema.decay=0.5")
     assert outcome.status == 0, outcome.err
     return folder
@@ -108,6 +112,33 @@ def test_one_of_several_processes_does_not_predict(photos: Path, monkeypatch: An
     outcome = call("predict", photos / "run", photos / "set/val")
     assert outcome.status == 2
     assert "predict and export run in one process" in outcome.err
+
+
+OWN_IMAGES = """
+from torchvision.datasets import ImageFolder
+
+
+def make(root):
+    return ImageFolder(f"{root}/train"), ImageFolder(f"{root}/val")
+"""
+
+
+def test_an_own_dataset_is_predicted_as_it_was_validated(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "own_images.py").write_text(OWN_IMAGES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["data.name=own_images:make", f"data.arguments.root={photos / 'set'}"]
+    assert call("train", photos / "config.yaml", "--run-dir", tmp_path / "run", *own).status == 0
+    command = ("predict", tmp_path / "run", photos / "set/val", "--json", "--top", "1")
+    shown = [json.loads(line)["predictions"][0] for line in call(*command).out.splitlines()]
+    shares = in_plain_torch(tmp_path / "run", sorted((photos / "set/val").rglob("*.jpg")))
+    assert [one["probability"] for one in shown] == pytest.approx(shares.max(1), abs=1e-3)
+    assert json.loads((tmp_path / "run/inference.json").read_text())["resize_size"] == 20
+    config = tmp_path / "run/config.yaml"
+    text = config.read_text().replace("multi_label: false", "multi_label: true")
+    config.write_text(text.replace("name: cross_entropy", "name: bce"))
+    outcome = call("evaluate", tmp_path / "run", "--on", photos / "set/val")
+    assert outcome.status == 2
+    assert "--on: this run's images have any number of classes" in outcome.err
 
 
 def test_odd_files_are_read_as_in_validation_and_bad_ones_named(photos: Path, tmp_path: Path) -> None:

@@ -276,6 +276,7 @@ class PictureSource:
         self.images, self.classes = len(pictures), pictures.classes
         self.class_names, self.mean, self.std = pictures.class_names, tuple(mean), tuple(std)
         self.shape = (3, settings.image_size, settings.image_size)
+        self.resize_size: int | None = settings.short_side
         self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
         self._operations = make_operations(settings.augmentation, mean=mean, seed=seed)
         self._normalise = Normalise(mean, std, self.shape, device)

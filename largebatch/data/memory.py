@@ -47,6 +47,7 @@ class MemorySource:
         self.mean, self.std = tuple(mean), tuple(std)
         self.shape = (channels, height, width)
         self.skipped, self.leaves_out = 0, False
+        self.resize_size: int | None = None
         self.labels = labels.to(device, torch.int64 if labels.ndim == 1 else torch.float32)
         self._padding, self._flip, self._seed = padding, flip, seed
         self._operations, self._repeats = operations, repeats

@@ -34,6 +34,8 @@ class ImageSource(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Of each channel in [0, 1], as images are normalised by."""
+    resize_size: int | None
+    """Pixels of a validation image's short side before the centre crop; None for images in memory, never resized."""
     leaves_out: bool
     """Whether an image that cannot be read is left out of its pass (a validation set, `data.on_error: skip`)."""
     skipped: int

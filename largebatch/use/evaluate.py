@@ -86,5 +86,7 @@ def _source(folder: RunFolder, config: Config, on: Path | None, device: torch.de
             f"--on: this run's images ({config.data.name}) are not read from files; give another set by overrides, as "
             "data.name=my_module:function data.on_change=accept"
         )
+    if config.data.multi_label:
+        raise UserError("--on: this run's images have any number of classes (data.multi_label); a folder gives one")
     normalisation = (inference.mean, inference.std)
     return load_folder(config.data, on, inference.class_names, normalisation, seed=config.seed, device=device)
