@@ -12,7 +12,7 @@ import typer
 def folder_name(text: str) -> Path:
     """The folder given to an option; an unset shell variable must not mean the current folder."""
     if not text:
-        raise typer.BadParameter("'' names no folder; give one ('.' for the current one)")
+        raise typer.BadParameter("'' is not a folder; give one ('.' for the current one)")
     return Path(os.path.expanduser(text))
 
 

@@ -54,7 +54,7 @@ benchmark_app = typer.Typer(
     no_args_is_help=True,
 )
 config_app = typer.Typer(help="List or show configs, or print their JSON Schema.", no_args_is_help=True)
-data_app = typer.Typer(help="Obtain, pack or index data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Download, pack or index data sets.", no_args_is_help=True)
 reproduce_app = typer.Typer(help="The paper's comparisons: run, watch and report them.", no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(config_app, name="config")
@@ -122,7 +122,7 @@ def plan(
         ),
     ] = None,
     speeds: Annotated[
-        str | None, typer.Option(metavar="1,1,0.5", help="Relative speeds of the ranks: how they would be dealt to.")
+        str | None, typer.Option(metavar="1,1,0.5", help="Relative speeds of the ranks: how workers would be dealt.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of text.")] = False,
 ) -> None:
@@ -161,7 +161,9 @@ def _speeds(text: str | None, ranks: int) -> list[float]:
     except ValueError:
         speeds = [0.0]
     if not all(1e-3 <= speed <= 1e3 for speed in speeds):
-        raise UserError(f"--speeds: {text!r} is not a list of numbers from 0.001 to 1000, one a rank, such as 1,1,0.5")
+        raise UserError(
+            f"--speeds: {text!r} is not a list of numbers from 0.001 to 1000, one per rank, such as 1,1,0.5"
+        )
     if speeds and ranks not in (1, len(speeds)):
         raise UserError(
             f"--speeds: {text!r} are those of {len(speeds)} ranks, and --ranks says {ranks}; give one of them"
@@ -172,7 +174,7 @@ def _speeds(text: str | None, ranks: int) -> list[float]:
 @benchmark_app.command("diff")
 def benchmark_diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a benchmark, or its JSON.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The one compared with it.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The benchmark to compare with A.", show_default=False)],
 ) -> None:
     """Two benchmarks side by side: ratios with their spread, and what differs in config and environment."""
     from largebatch.benchmark.diff import compare
@@ -352,7 +354,7 @@ def data_pack(
 def data_index(
     root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of train/*.tar and val/*.tar.")],
     class_names: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Names of the classes, a line each.  [default: their numbers]")
+        Path | None, typer.Option(metavar="FILE", help="Names of the classes, one per line.  [default: their numbers]")
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Shards at a time.  [default: the cores]")] = None,
 ) -> None:

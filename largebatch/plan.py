@@ -155,7 +155,9 @@ def _explain_lr(config: Config, schedule: Schedule) -> str:
     ratio = f"{batch}/{s.reference_batch}"
     if s.scale == "loss":
         return f"{s.reference_lr:g}: the factor scales the loss instead (remark 1 of §3 done wrong)"
-    usual = f", usual for {kind}, whose update is as large for any gradient (You et al. 2020, Malladi et al. 2022)"
+    usual = (
+        f", usual for {kind}, whose update has the same size for any gradient (You et al. 2020, Malladi et al. 2022)"
+    )
     rule = {
         "linear": f"{s.reference_lr:g} x {ratio}: the linear scaling rule (§2.1)",
         "sqrt": f"{s.reference_lr:g} x sqrt({ratio}): the square-root rule"
@@ -169,7 +171,9 @@ def _explain_optimizer(optimizer: OptimizerSettings) -> str:
     """What differs from the paper's SGD; empty if nothing does."""
     parts = []
     if optimizer.kind != "sgd":
-        parts.append(f"{optimizer.kind}, weight decay {optimizer.weight_decay:g} (of no normalisation layer or bias)")
+        parts.append(
+            f"{optimizer.kind}, weight decay {optimizer.weight_decay:g} (except normalisation layers and biases)"
+        )
     if optimizer.clip_norm is not None:
         parts.append(f"gradients clipped to norm {optimizer.clip_norm:g}")
     if optimizer.clip_value is not None:
@@ -205,7 +209,7 @@ def _warnings(config: Config, schedule: Schedule, workers: list[int]) -> list[st
     if 0 < schedule.warmup_steps < _SHORT_WARMUP:
         warnings.append(
             f"the warmup has only {schedule.warmup_steps} steps (the paper's has 780 at a minibatch of 8192): each "
-            "raises the learning rate by a lot; if the loss jumps, warm up for more epochs"
+            "raises the learning rate a lot; if the loss jumps, warm up for more epochs"
         )
     if len(set(workers)) > 1:
         warnings.append(
@@ -229,7 +233,7 @@ def _odd_combinations(config: Config, schedule: Schedule) -> list[tuple[bool, st
         ),
         (
             adaptive and s.reference_lr >= _LR_OF_SGD,
-            f"schedule.reference_lr {s.reference_lr:g} is one of SGD; {kind} usually takes 0.0001 to 0.01",
+            f"schedule.reference_lr {s.reference_lr:g} is typical of SGD; {kind} usually takes 0.0001 to 0.01",
         ),
         (
             adaptive and schedule.warmup_steps == 0,
@@ -238,12 +242,12 @@ def _odd_combinations(config: Config, schedule: Schedule) -> list[tuple[bool, st
         ),
         (
             adaptive and 0 < decay < _DECAY_OF_ADAM,
-            f"optimizer.weight_decay {decay:g} is one of SGD; {kind} multiplies it by the learning rate once more, and "
+            f"optimizer.weight_decay {decay:g} is typical of SGD; {kind} multiplies it by the learning rate again, and "
             "usually takes 0.01 to 0.1",
         ),
         (
             kind == "sgd" and decay >= _DECAY_OF_ADAM,
-            f"optimizer.weight_decay {decay:g} is one of AdamW; the paper's SGD takes 0.0001",
+            f"optimizer.weight_decay {decay:g} is typical of AdamW; the paper's SGD takes 0.0001",
         ),
         (
             optimizer.layer_decay < 1 and not weights,
@@ -276,7 +280,7 @@ def describe_limit(plan: Plan, whole: NoiseScale, thirds: Sequence[NoiseScale]) 
     """Which minibatch is still efficient by the gradient noise scale of a run planned as `plan`, and why."""
     if whole.images is None:
         return (
-            f"gradient noise scale  not known: over steps {whole.first_step} to {whole.last_step} the noise hides the "
+            f"gradient noise scale  unknown: over steps {whole.first_step} to {whole.last_step} the noise hides the "
             "gradient; measure for longer, or more often"
         )
     limit = whole.images

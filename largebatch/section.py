@@ -1,7 +1,7 @@
 """The base class of every component's own config section.
 
 Strict (a string is not a number), closed (an unknown key is an error) and frozen (a run never changes its
-config). Free of torch, so that reading a config stays quick.
+config). Free of torch, so that reading a config stays fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`largebatch verify`: whether a config's own model, data and machine keep the promise, shown on their first steps.
+"""`largebatch verify`: whether a config's own model, data and machine keep the promise, checked on the first steps.
 
 The same steps run on 1, 2, … N ranks, and on N with another deal of the workers in each step. After each step the
 weights, BatchNorm statistics and optimizer state must have the same bits. Where they have not, the first module whose

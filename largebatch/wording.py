@@ -1,4 +1,4 @@
-"""How messages for users are worded: on one line, with the value seen and the nearest right name."""
+"""How messages for users are worded: on one line, with the value and the closest valid name."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ class TestPlan:
             ("batch.virtual_workers=512", "beyond 8192"),
             ("batch.images_per_worker=16", "not the paper's 32"),
             ("schedule.warmup.epochs=0.5", "only 78 steps"),
-            ("optimizer.weight_decay=0.05", "is one of AdamW"),
+            ("optimizer.weight_decay=0.05", "is typical of AdamW"),
             ("optimizer.layer_decay=0.75", "it is for weights to start from"),
             ("loss.name=bce", "SGD needs a larger schedule.reference_lr"),
             ("loss={name: bce, target_threshold: 0.2}", "loss.target_threshold 0.2 does nothing"),
@@ -351,7 +351,7 @@ class TestPlan:
         assert "warning" not in outcome.out
         assert "0.00565685 = 0.001 x sqrt(8192/256): the square-root rule, usual for adamw, whose update" in outcome.out
         assert "780 steps, gradual, from 1e-06 to 0.00565685" in outcome.out
-        assert "weight decay 0.05 (of no normalisation layer or bias), gradients clipped to norm 1" in outcome.out
+        assert "weight decay 0.05 (except normalisation layers and biases), gradients clipped to norm 1" in outcome.out
         assert "cross_entropy, label smoothing 0.1" in outcome.out
 
 
@@ -394,4 +394,4 @@ def test_an_empty_run_dir_is_not_the_current_folder() -> None:
     outcome = call("train", DIGITS, "--run-dir", "", "--resume", "never")
     assert outcome.status == 2
     assert "--run-dir" in outcome.err
-    assert "names no folder" in outcome.err
+    assert "is not a folder" in outcome.err

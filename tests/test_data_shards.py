@@ -244,7 +244,7 @@ def test_webdataset_shards_get_an_index(made: Path, tmp_path: Path) -> None:
     for _ in range(2):  # the second time anew
         done = call("data", "index", tmp_path, "--class-names", tmp_path / "names")
         assert done.status == 0, done.err
-    assert "train: 3 images in 2 shards; samples without an image, left out: 1" in done.out
+    assert "train: 3 images in 2 shards; skipped samples without an image: 1" in done.out
     assert "warning: " in done.out
     assert "val: no image of class ant, cow" in done.out
     source, _ = load(shards(tmp_path), seed=3, device=torch.device("cpu"))

@@ -315,7 +315,7 @@ class TestCommand:
         assert done.err == ""
         empty = call("doctor", "--run-dir", "")
         assert empty.status == 2
-        assert "names no folder" in empty.err
+        assert "is not a folder" in empty.err
 
     def test_a_config_that_is_wrong_is_the_users_error(self) -> None:
         assert call("doctor", DIGITS, "batch.virtual_workers=0").status == 2

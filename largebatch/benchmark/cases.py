@@ -1,4 +1,4 @@
-"""What is measured: the step of a config on N ranks, weakly and strongly scaled. Free of torch."""
+"""What is measured: a config's step on N ranks, in weak and strong scaling. Free of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tries settings of the exchange by turns and says which were faster, and which of them change numbers."""
+"""Tries settings of the exchange in turn and reports which were faster, and which of them change numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Obtaining the known small sets: `largebatch data fetch NAME`."""
+"""Downloading the known small sets: `largebatch data fetch NAME`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures that are too many for memory: decoded in loader processes as they are needed."""
+"""Image files that do not fit in memory: decoded in loader processes as they are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`largebatch data index DIR`: an index for WebDataset shards that are already done (`largebatch.data.shards`)."""
+"""`largebatch data index DIR`: an index for existing WebDataset shards (`largebatch.data.shards`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def index(root: Path, *, jobs: int, class_names: Path | None, report: Callable[[
         if not shards:
             raise DataError(f"{folder}: no *.tar in it; put the shards, or links to them, into {root}/train and /val")
         if (folder / INDEX).exists() and read_index(folder)["packed"]:
-            raise DataError(f"{folder}: has the index of largebatch data pack, which knows more; remove it first")
+            raise DataError(f"{folder}: has the index of largebatch data pack, which holds more; remove it first")
     with ThreadPoolExecutor(jobs) as pool:
         found = {folder: list(pool.map(_read_shard, shards, range(len(shards)))) for folder, shards in parts.items()}
     entries = {folder: np.concatenate([shard.entries for shard in read]) for folder, read in found.items()}
@@ -53,7 +53,7 @@ def index(root: Path, *, jobs: int, class_names: Path | None, report: Callable[[
             image_names = [name for shard in read for name in shard.names]
             write_index(folder, classes, [path.name for path in parts[folder]], entries[folder], image_names, {})
         without = sum(shard.without for shard in read)
-        left_out = f"; samples without an image, left out: {without:,}" if without else ""
+        left_out = f"; skipped samples without an image: {without:,}" if without else ""
         report(f"{folder}: {len(image_names):,} images in {len(read):,} shards{left_out}")
 
 

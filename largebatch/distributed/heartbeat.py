@@ -106,7 +106,7 @@ def accuse(ranks: Sequence[int], beats: Sequence[Beat], unchanged: Sequence[floa
     waiting = [beat for rank, beat in enumerate(beats) if rank not in ranks]
     if not waiting:
         places = {f"step {beat.step}, phase {beat.phase}" for beat in beats}
-        return f"all ranks wait for each other, {within}: {'; '.join(sorted(places))}. Look at the network. {RESTART}"
+        return f"all ranks wait for each other, {within}: {'; '.join(sorted(places))}. Check the network. {RESTART}"
     found = [
         f"rank {rank} died or hung, last heard of {unchanged[rank]:.0f} s ago {beats[rank].place}"
         if unchanged[rank] >= timeout / 2

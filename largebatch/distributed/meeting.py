@@ -1,4 +1,4 @@
-"""Before there is a process group: do all ranks come, each once, and mean the same group?"""
+"""Before the process group exists: have all ranks joined, each once, and do they mean the same group?"""
 
 from __future__ import annotations
 

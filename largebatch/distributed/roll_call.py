@@ -1,4 +1,4 @@
-"""When a collective fails: who does not answer any more?"""
+"""When a collective fails: which ranks no longer answer?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole examination: every check, with the facts of this machine and what a config asks of it."""
+"""Runs every check, against what this machine has and what a config needs."""
 
 from __future__ import annotations
 

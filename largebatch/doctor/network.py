@@ -1,4 +1,4 @@
-"""Names, addresses, interfaces and ports: can other hosts' ranks meet with those of this one?"""
+"""Names, addresses, interfaces and ports: can ranks on other hosts connect to those here?"""
 
 from __future__ import annotations
 

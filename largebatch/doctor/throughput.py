@@ -1,4 +1,4 @@
-"""How fast one rank's loader gives images, and how fast its model takes them."""
+"""How fast one rank's loader delivers images, and how fast its model consumes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who runs what: n images a virtual worker, k virtual workers a step, dealt to N ranks."""
+"""Who runs what: n images per virtual worker, k virtual workers per step, dealt to N ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which image goes to which virtual worker at which step: one shuffle an epoch (remark 4 of §3)."""
+"""Which image goes to which virtual worker at which step: one shuffle per epoch (remark 4 of §3)."""
 
 from __future__ import annotations
 

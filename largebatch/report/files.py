@@ -1,4 +1,4 @@
-"""Files that are either the old or the new one, whole, whenever the process or the machine stops."""
+"""Files that hold either their old or their new content, complete, whenever the process or machine stops."""
 
 from __future__ import annotations
 

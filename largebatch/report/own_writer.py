@@ -46,4 +46,4 @@ class OwnWriter:
             getattr(self._made, name)(*arguments)
         except Exception as error:
             self._made = None
-            _log.warning("warning: %s: %s: %s; it is given nothing more", _KEY, self._path, reason(error))
+            _log.warning("warning: %s: %s: %s; it gets no more records", _KEY, self._path, reason(error))

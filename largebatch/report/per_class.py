@@ -1,4 +1,4 @@
-"""Accuracy by class, and what is taken for what, as tables and a figure."""
+"""Accuracy by class and the confusion matrix, as tables and a figure."""
 
 from __future__ import annotations
 

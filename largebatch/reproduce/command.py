@@ -1,4 +1,4 @@
-"""The commands `reproduce run`, `status` and `report`: what they do, and what they say."""
+"""The commands `reproduce run`, `status` and `report`: what they do and print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a row show here what it showed in the paper? In words that numbers decide."""
+"""Whether a row shows here what it showed in the paper: decided by numbers, put into words."""
 
 from __future__ import annotations
 

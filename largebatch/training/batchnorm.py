@@ -1,5 +1,5 @@
 """BatchNorm as the paper means it: each virtual worker normalises its own n images, and the running
-statistics see all k workers, once a step (contract 4)."""
+statistics see all k workers, once per step (contract 4)."""
 
 from __future__ import annotations
 

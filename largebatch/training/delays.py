@@ -1,4 +1,4 @@
-"""Sleeps that make ranks slow on purpose, to rehearse what `docs/stragglers.md` offers against it."""
+"""Sleeps that make ranks slow on purpose, to rehearse what `docs/stragglers.md` describes."""
 
 from __future__ import annotations
 

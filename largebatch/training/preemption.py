@@ -1,4 +1,4 @@
-"""Asked to stop: Slurm's SIGUSR1 before the time limit, anybody's SIGTERM, or the death of torchrun's agent."""
+"""Requests to stop: Slurm's SIGUSR1 before the time limit, a SIGTERM, or the death of torchrun's agent."""
 
 from __future__ import annotations
 

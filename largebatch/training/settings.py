@@ -1,4 +1,4 @@
-"""The config sections of training. Free of torch, so that reading a config stays quick."""
+"""The config sections of training. Free of torch, so that reading a config stays fast."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def evaluate(
         bool, typer.Option("--per-class", help="Also write each class's accuracy and the confusion matrix.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(parser=folder_name, help="Where --per-class writes.  [default: RUN]")
+        Path | None, typer.Option(parser=folder_name, help="Folder for --per-class.  [default: RUN]")
     ] = None,
 ) -> None:
     """Evaluate a run's model.pt, or its newest checkpoint, on all validation images: exact on any number of ranks."""
@@ -59,7 +59,7 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.", show_default=False)
     ],
-    top: Annotated[int, typer.Option(min=1, help="How many classes, the likeliest first.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show, most likely first.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each image.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV: image, rank, class, probability.")] = False,
     weights: Weights = "model",
@@ -113,7 +113,8 @@ def export(
     run: Run,
     to: Annotated[str, typer.Option(metavar="safetensors|torchscript|onnx", help="The format.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to.  [default: RUN/model.<format>]", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Output file.  [default: RUN/model.<format>]", show_default=False),
     ] = None,
     weights: Weights = "model",
 ) -> None:
