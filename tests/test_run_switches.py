@@ -27,6 +27,11 @@ SWITCHES = {
         "data.augmentation={auto_augment: randaugment, random_erasing: 0.5}",
         "execution.workers_per_pass=2",
     ],
+    "lars, own loss": [
+        "optimizer={kind: lars, trust_coefficient: 0.01}",
+        "loss={name: 'torch.nn:CrossEntropyLoss', arguments: {label_smoothing: 0.1}}",
+        "execution={workers_per_pass: 2, gradient_as_bucket_view: true}",
+    ],
 }
 
 
