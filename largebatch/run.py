@@ -50,7 +50,7 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
     """Train `config` in `run_dir`, on as many ranks as `launch` says; returns the summary.
 
     `resume` "auto" resumes from the folder; "never" starts over. Raises UserError for bad input,
-    before any process group exists where it can be told without the others, and HealthError.
+    before any process group exists if no other rank is needed to detect it, and HealthError.
     """
     folder = RunFolder(run_dir)
     _check_before_start(config.for_ranks(launch.world_size), folder, resume, launch)
@@ -64,7 +64,7 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
             {"config": digest(config), "code of largebatch": code_digest(), "version of torch": torch.__version__},
             ranks,
         )
-        finished = ranks.from_main(lambda: folder.open(stack, anew=resume == "never"))
+        finished = ranks.from_main(lambda: folder.open(stack, restart=resume == "never"))
         return finished or _train_connected(config, folder, name, ranks, stop_request)
 
 

@@ -95,15 +95,15 @@ class RunFolder:
         if changed:
             longer = any(line.startswith("schedule.epochs:") for line in changed)
             raise ConfigError(
-                f"--run-dir: {self.path} holds a run of another config; choose another folder, or start anew with "
+                f"--run-dir: {self.path} holds a run of another config; choose another folder, or start over with "
                 "--resume never (which deletes it)"
                 + (_LONGER * longer)
                 + ":\n"
                 + "\n".join(f"  {line}" for line in changed)
             )
 
-    def open(self, stack: contextlib.ExitStack, *, anew: bool) -> dict[str, Any] | None:
-        """Create the folder, without an earlier run if `anew`; returns the summary of a finished run.
+    def open(self, stack: contextlib.ExitStack, *, restart: bool) -> dict[str, Any] | None:
+        """Create the folder, without an earlier run if `restart`; returns the summary of a finished run.
 
         No other process trains in it until `stack` is left.
         """
@@ -112,7 +112,7 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
             stack.enter_context(hold_folder(self.path))
-            if anew:
+            if restart:
                 self._clear()
         except OSError as error:
             raise UserError(

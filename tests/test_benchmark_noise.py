@@ -82,7 +82,7 @@ def test_two_benchmarks_side_by_side(tmp_path: Path) -> None:
     done = call("benchmark", "diff", COMMITTED.parent, tmp_path)
     assert done.status == 0, done.err
     rows = [line for line in done.out.splitlines() if line.startswith(("weak", "strong"))]
-    assert [row.split("  ")[-1].strip() for row in rows[:4]] == ["faster", "not told apart", "noise", "only in A"]
+    assert [row.split("  ")[-1].strip() for row in rows[:4]] == ["faster", "no clear difference", "noise", "only in A"]
     assert "2.000 ± " in rows[0]
     assert "  environment.packages.torch: 2.15.0 | 9.9" in done.out.splitlines()
     (tmp_path / "benchmark.json").write_text("{}")

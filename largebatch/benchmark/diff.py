@@ -44,7 +44,7 @@ def _cells(m: Result, other: Result | None) -> list[str]:
         return [_step(m), "", "", "only in A"]
     ratio = other["images_per_second"] / m["images_per_second"]
     spread = ratio * math.hypot(*(0.5 * found["spread"]["step"] / found["step"] for found in (m, other)))
-    verdict = "faster" if ratio > 1 + spread else "slower" if ratio < 1 - spread else "not told apart"
+    verdict = "faster" if ratio > 1 + spread else "slower" if ratio < 1 - spread else "no clear difference"
     if noise_in(m) or noise_in(other):
         verdict = "noise"
     return [_step(m), _step(other), f"{ratio:.3f} ± {spread:.3f}", verdict]

@@ -42,7 +42,7 @@ class ImageSource(Protocol):
     """Pictures in whose place another was given so far, in this process (`data.on_error: skip`)."""
 
     def fingerprint(self) -> str:
-        """A hash of what the set holds and in which order, as far as it can be told without reading every file."""
+        """A hash of what the set holds and in which order, as far as is known without reading every file."""
         ...
 
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:

@@ -133,8 +133,10 @@ def deal_equally(virtual_workers: int, workers_per_pass: int, world_size: int) -
 
 
 def deal_by_speed(deal: Deal, of_a_pass: Sequence[float]) -> Deal:
-    """The passes of `deal` in contiguous blocks such that the slowest rank is done as early as can be, if a pass takes
-    each rank so many seconds."""
+    """The passes of `deal` in contiguous blocks such that the slowest rank finishes as early as possible.
+
+    `of_a_pass`: each rank's seconds per pass.
+    """
     counts = [1] * len(of_a_pass)
     done = [(2 * seconds, rank) for rank, seconds in enumerate(of_a_pass)]  # each rank's end with one pass more
     heapq.heapify(done)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _PACKAGES = ("largebatch", "torch", "torchvision", "numpy")
-# By name or prefix, so that nobody's secrets get into a file that is passed around.
+# By name or prefix, so that no secrets get into a file that is passed around.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _VARIABLE_PREFIXES = (
     "OMP_",

@@ -302,7 +302,7 @@ class Trainer:
         return self.dealer.at(step)
 
     def passes(self, steps: Iterable[int], deal_of: Callable[[int], Deal] | None = None) -> Iterator[Pass]:
-        """The images of this rank's passes of `steps`, in order, by the deal that holds now unless told otherwise."""
+        """The images of this rank's passes of `steps`, in order, by the current deal unless another is given."""
         for step in steps:
             deal = deal_of(step) if deal_of else self.virtual.deal
             for workers in deal.workers_of(self.ranks.rank):

@@ -116,7 +116,7 @@ class VirtualWorkers:
         self.outcome = Outcome(torch.zeros(()), torch.zeros(0))
         """Whether the newest step's gradients may be applied (see `update_unless`)."""
         self.noise: Tensor | None = None
-        """tr(Σ) and |G|², float64 [2], of the newest step (see `NoiseProbe`), if `step` was told to measure."""
+        """tr(Σ) and |G|², float64 [2], of the newest step (see `NoiseProbe`), if `step` was asked to measure."""
 
     @property
     def deal(self) -> Deal:
