@@ -11,7 +11,7 @@ ours over DDP's, each time(N = 1) / time(N = 2): ours over plain at N = 2 over t
 windows that lie next to each other in time, so that a noisy machine is as noisy to both. The efficiencies themselves
 are not given: medians of their own, they do not divide to that ratio, and four programs that take turns on the same
 caches are each slower than alone (`largebatch benchmark` measures them). Windows are short and many,
-for the same reason; the interval is where 95 % of the ratios lie when the rounds are drawn anew (bootstrap).
+for the same reason; the interval is where 95 % of the ratios lie when the rounds are resampled (bootstrap).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def summary(windows: dict[str, list[float]], workers: int) -> dict[str, Any]:
 
 
 def bootstrap_interval(one: list[float], two: list[float], draws: int = 2000) -> list[float]:
-    """Where the middle 95 % of the ratio of medians lie when the rounds are drawn anew with replacement."""
+    """Where the middle 95 % of the ratio of medians lie when the rounds are resampled with replacement."""
     generator = random.Random(0)
     found = []
     for _ in range(draws):

@@ -87,8 +87,8 @@ def main(config: str, out: str, *overrides: str) -> None:
     for k in KS:
         results.append(measure(read_config(config, overrides), k))
         print(results[-1], flush=True)
-    told = {"environment": describe_environment(), "command": [config, *overrides], "results": results}
-    write_json_atomically(Path(out), told)
+    report = {"environment": describe_environment(), "command": [config, *overrides], "results": results}
+    write_json_atomically(Path(out), report)
 
 
 if __name__ == "__main__":

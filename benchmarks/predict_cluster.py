@@ -121,7 +121,7 @@ def check(arguments: argparse.Namespace, reduction: str) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, reduction: str, rate: str, counts: tuple[int, ...]) -> dict[str, Any]:
-    """`benchmark.json` of so many hosts joined by links of `rate`."""
+    """`benchmark.json` of this many hosts joined by links of `rate`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             str(ROOT / "benchmarks/cluster.sh"), str(max(counts)), rate, sys.executable, __file__,

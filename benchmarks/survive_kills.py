@@ -1,5 +1,5 @@
-"""50 runs, each killed by SIGKILL at a random moment, gone on with on another number of ranks, and compared bit by bit
-with the run that nobody disturbed.
+"""50 runs, each killed by SIGKILL at a random moment, resumed on another number of ranks, and compared bit by bit with
+an undisturbed run.
 
 python benchmarks/survive_kills.py [KILLS] [OUT.json]      (50, results/survive/kills.json; about 5 minutes)
 
@@ -88,7 +88,7 @@ def kill_agent(run_dir: Path, world_size: int, step: float, delay: float) -> Non
 
 
 def disturb(number: int, run_dir: Path, undisturbed: Path) -> dict[str, Any]:
-    """Kill a run, go on with it, and say what was lost."""
+    """Kill a run, resume it, and report what was lost."""
     moment, delay, choice, resume = uniform(np.arange(4), SEED, number).tolist()
     world_size, step = 2 + number % 2, 1 + int(moment * (STEPS - 4))
     kind = "agent" if number % 10 == 9 else ("one rank", "all ranks", "while writing")[number % 3]
