@@ -1,6 +1,6 @@
 """What dealing by measured speed gains and costs: pairs of whole runs, `execution.deal: equal` and `measured` in turn.
 
-python benchmarks/dealing.py [OUT.json]   (results/benchmark/dealing.json; about a quarter of an hour)
+python benchmarks/dealing.py [OUT.json [CASE...]]   (results/benchmark/dealing.json; about a quarter of an hour)
 
 Each run is the command `largebatch train` on ranks of this machine; what counts is the second half of its steps, when
 `measured` has dealt. In `busy_core`, two ranks have a core each, and a process that never sleeps runs on the second. In
@@ -26,13 +26,14 @@ from largebatch.report.environment import describe_environment
 from largebatch.report.files import write_json_atomically
 
 ROOT = Path(__file__).parents[1]
-PAIRS = 5
+PAIRS = 3
 COMMON = [
     "schedule={warmup: {kind: none}, decay: {kind: none}}",
     "checkpoint.every_epochs=null",
+    "evaluation.every_epochs=1000",
     "logging.every_steps=5",
 ]
-TINY = ["model={name: mlp, hidden: [16]}", "evaluation.every_epochs=1000"]
+TINY = ["model={name: mlp, hidden: [16]}"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "busy_core": (2, ["batch={virtual_workers: 8, images_per_worker: 64}", "schedule.epochs=60"]),
     "one_of_four_slow": (
@@ -116,7 +117,8 @@ def measure(case: str) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results/benchmark/dealing.json"
-    cases = {case: measure(case) for case in CASES}
+    cases = json.loads(out.read_text())["cases"] if out.exists() else {}
+    cases |= {case: measure(case) for case in sys.argv[2:] or CASES}
     write_json_atomically(out, {"environment": describe_environment(), "cases": cases})
     print(json.dumps({name: case["ratio_of_images_per_second"] for name, case in cases.items()}, indent=2))
 

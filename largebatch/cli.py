@@ -64,10 +64,19 @@ app.add_typer(reproduce_app, name="reproduce")
 
 @app.command()
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file, or a name of `config list`; not with --replay.", show_default=False
+        ),
+    ] = None,
     overrides: Overrides = None,
     run_dir: Annotated[
         Path | None, typer.Option(parser=folder_name, help="The run folder.  [default: runs/<config name>]")
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", parser=folder_name, help="Repeat a finished run whose steps left workers out."),
     ] = None,
     resume: Annotated[
         str, typer.Option(metavar="auto|never", help="Resume from the run folder, or start over.")
@@ -76,18 +85,24 @@ def train(
     """Train. Start it by itself, with torchrun, or with srun: the result is the same for any number of ranks."""
     if resume not in ("auto", "never"):
         raise UserError(f"--resume: {resume!r} is not one of 'auto', 'never'")
+    name = config.stem if config is not None else ""
+    if replay is not None:  # the first word is an override then
+        overrides = [*([str(config)] if config is not None else []), *(overrides or [])]
+        config, name = replay / "config.yaml", f"{replay.resolve().name}_replay"
+    if config is None:
+        raise UserError("Missing argument 'CONFIG'.")
     loaded = _load(config, overrides)
     from largebatch.distributed.environment import read_launch
     from largebatch.run import train as run_training
 
-    folder = run_dir or Path("runs") / config.stem
+    folder = run_dir or Path("runs") / name
     if overrides and (folder / "config.yaml").resolve() == config.resolve():
         raise UserError(
             f"--run-dir: {folder}/config.yaml is the config that is given, and would be overwritten with the overrides "
             f"({' '.join(overrides)}); write them into it, or give another folder"
         )
     launch = read_launch()
-    summary = run_training(loaded, folder, name=config.stem, resume=resume, launch=launch)
+    summary = run_training(loaded, folder, name=name, resume=resume, launch=launch, replay=replay)
     if launch.rank == 0:
         print(
             f"finished: top-1 error {summary['top1_error']:.2f} % (median of the last 5 evaluations "

@@ -31,11 +31,13 @@ from largebatch.recipe.batch import deal_equally
 from largebatch.report.environment import code_digest
 from largebatch.report.metrics import MetricsWriter, open_writers
 from largebatch.report.progress import open_progress
-from largebatch.resume import describe_resize, resume_config
-from largebatch.runfolder import RunFolder
+from largebatch.resume import check_data, describe_resize, resume_config
+from largebatch.runfolder import Recorded, RunFolder
 from largebatch.training.averaging import WeightAverage
 from largebatch.training.checkpoint import CheckpointFolder, deserialise
+from largebatch.training.dealing import ReplayedDeals
 from largebatch.training.delays import Delays
+from largebatch.training.gates import Deadline
 from largebatch.training.loss import make_loss
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
@@ -46,14 +48,18 @@ from largebatch.training.trainer import Trainer
 from largebatch.training.virtual_workers import VirtualWorkers
 
 
-def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch) -> dict[str, Any]:
+def train(
+    config: Config, run_dir: Path, *, name: str, resume: str, launch: Launch, replay: Path | None = None
+) -> dict[str, Any]:
     """Train `config` in `run_dir`, on as many ranks as `launch` says; returns the summary.
 
-    `resume` "auto" resumes from the folder; "never" starts over. Raises UserError for bad input,
+    `resume` "auto" resumes from the folder; "never" starts over. With `replay`, the folder of a finished run
+    of the same config, each step is made of the workers that arrived in it there. Raises UserError for bad input,
     before any process group exists if no other rank is needed to detect it, and HealthError.
     """
     folder = RunFolder(run_dir)
-    _check_before_start(config.for_ranks(launch.world_size), folder, resume, launch)
+    recorded = RunFolder(replay).recorded(config) if replay is not None else None
+    _check_before_start(config.for_ranks(launch.world_size), folder, resume, launch, recorded)
     agent = os.getppid() if launch.launcher == "torchrun" else None
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(connect_ranks(config.execution, launch))
@@ -65,7 +71,7 @@ def train(config: Config, run_dir: Path, *, name: str, resume: str, launch: Laun
             ranks,
         )
         finished = ranks.from_main(lambda: folder.open(stack, restart=resume == "never"))
-        return finished or _train_connected(config, folder, name, ranks, stop_request)
+        return finished or _train_connected(config, folder, name, ranks, stop_request, recorded)
 
 
 def connect_ranks(
@@ -95,7 +101,9 @@ def check_alike(own: dict[str, str], ranks: Ranks) -> None:
             )
 
 
-def _check_before_start(config: Config, folder: RunFolder, resume: str, launch: Launch) -> None:
+def _check_before_start(
+    config: Config, folder: RunFolder, resume: str, launch: Launch, recorded: Recorded | None
+) -> None:
     """Every error that can be found without data, device or the other ranks."""
     known = known_set(config.data)
     if known is not None:
@@ -104,16 +112,31 @@ def _check_before_start(config: Config, folder: RunFolder, resume: str, launch: 
     if resume == "auto":
         folder.check_config(config)
     if resume == "never" or not folder.has_checkpoints:  # else k may have been rescaled
-        deal_equally(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
+        deal = deal_equally(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
+        if recorded is not None:
+            ReplayedDeals(deal, recorded.passes, recorded.absent)
 
 
-def _train_connected(
-    config: Config, folder: RunFolder, name: str, ranks: Ranks, stop_request: StopRequest
-) -> dict[str, Any]:
-    allow_tf32(config.execution.tf32)
+def _load_alike(config: Config, ranks: Ranks) -> tuple[tuple[ImageSource, ImageSource], dict[str, dict[str, Any]]]:
+    """The data, and what tells them from others; the same on all ranks, or a UserError."""
     sources = load(config.data, seed=config.seed, device=ranks.device)
     seen = {part: describe_data(source) for part, source in zip(PARTS, sources, strict=True)}
     check_alike({part: found["fingerprint"] for part, found in seen.items()}, ranks)
+    return sources, seen
+
+
+def _train_connected(
+    config: Config,
+    folder: RunFolder,
+    name: str,
+    ranks: Ranks,
+    stop_request: StopRequest,
+    recorded: Recorded | None,
+) -> dict[str, Any]:
+    allow_tf32(config.execution.tf32)
+    sources, seen = _load_alike(config, ranks)
+    if recorded is not None and config.data.on_change == "refuse":
+        check_data(recorded.data, seen)
     checkpoints = folder.checkpoints(keep=config.checkpoint.keep)
     data = ranks.broadcast(checkpoints.newest(_warn) if ranks.is_main else None)
     state = None if data is None else deserialise(data, ranks.device)
@@ -130,6 +153,8 @@ def _train_connected(
     )
     notes: list[str] = []
     trainer = make_trainer(current, plan, ranks, sources, checkpoints, notes.append, restored=state is not None)
+    if recorded is not None:
+        trainer.replay(recorded.passes, recorded.absent)
     trainer.stop_request, trainer.data = stop_request, seen
     trainer.best = folder.best(config.checkpoint.keep_best)
     trainer.devices = sorted(set(ranks.gather(describe_device(ranks.device))))
@@ -251,8 +276,12 @@ def make_trainer(
         gradient_as_bucket_view=execution.gradient_as_bucket_view,
         compression=execution.compression,
         seed=config.seed,
-        delays=Delays(execution.delays, ranks.rank) if execution.delays.seconds else None,
+        drops=config.batch.drops,
     )
+    if execution.delays.seconds:
+        virtual.delays = Delays(execution.delays, ranks.rank)
+    if config.batch.deadline is not None:
+        virtual.gate = Deadline(config.batch.deadline)
     loss = make_loss(
         config.loss,
         classes=train_source.classes,
@@ -309,6 +338,8 @@ def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]
         with trainer.average.in_place():
             averages = trainer.evaluated_weights()
         summary["ema_weights_sha256"] = digest_of(averages)
+    if trainer.virtual.drops:
+        ranks.from_main(lambda: folder.write_arrivals(trainer.virtual.deal.leaves, trainer.absent))
     ranks.from_main(lambda: folder.write_end(weights, averages, summary, warn=_warn))
     if 2 * trainer.skipped_steps > trainer.step:
         raise HealthError(

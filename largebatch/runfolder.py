@@ -50,16 +50,29 @@ class Inference:
     """Pixels of an image file's short side before the centre crop; None for sets in memory, which are not resized."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a replay takes from the run that it repeats."""
+
+    passes: int
+    """Of a step, over all ranks."""
+    absent: dict[int, list[int]]
+    """Passes that did not arrive, by step."""
+    data: dict[str, dict[str, Any]]
+    """What it was trained on, by part."""
+
+
 class RunFolder:
     """Names others rely on: `config.yaml`, `plan.json`, `environment.json`, `inference.json`, `metrics.jsonl`,
-    `tensorboard/`, `checkpoints/`, `summary.json`, `curves.png`, `model.pt`, `model_ema.pt` and `model_best.pt`."""
+    `tensorboard/`, `checkpoints/`, `arrivals.json`, `summary.json`, `curves.png`, `model.pt`, `model_ema.pt` and
+    `model_best.pt`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._config, self._model = path / "config.yaml", path / "model.pt"
         self._summary, self._inference = path / "summary.json", path / "inference.json"
         self._average, self._best = path / "model_ema.pt", path / "model_best.pt"
-        self._checkpoints = path / "checkpoints"
+        self._checkpoints, self._arrivals = path / "checkpoints", path / "arrivals.json"
 
     def checkpoints(self, *, keep: int = 1) -> CheckpointFolder:
         return CheckpointFolder(self._checkpoints, keep=keep)
@@ -125,7 +138,7 @@ class RunFolder:
         """Delete the files of an earlier run, and nothing else (config.yaml may be the user's own)."""
         for name in ("plan.json", "environment.json", METRICS_FILE, CURVES_FILE, SAMPLES_FILE, *PER_CLASS_FILES):
             (self.path / name).unlink(missing_ok=True)
-        for path in (self._summary, self._model, self._average, self._best, self._inference):
+        for path in (self._summary, self._model, self._average, self._best, self._inference, self._arrivals):
             path.unlink(missing_ok=True)
         self.checkpoints().clear()
         clear_tensorboard(self.path / TENSORBOARD_FOLDER)
@@ -187,6 +200,12 @@ class RunFolder:
         except ConfigError:
             return False
 
+    def write_arrivals(self, passes: int, absent: dict[int, list[int]]) -> None:
+        """Which of a step's `passes` did not arrive, by step: what `recorded` reads."""
+        lines = {step: " ".join(map(str, leaves)) for step, leaves in absent.items()}
+        with self.writing():
+            write_json_atomically(self._arrivals, {"passes": passes, "absent": lines})
+
     def write_end(
         self,
         weights: dict[str, torch.Tensor],
@@ -221,6 +240,23 @@ class RunFolder:
                 f"{self._inference}: missing or damaged ({type(error).__name__}: {error}); the run wrote it when it "
                 "started"
             ) from None
+
+    def recorded(self, config: Config) -> Recorded:
+        """What arrived in this finished run. Raises UserError if that is not recorded, or if it is not of `config`."""
+        try:
+            found = json.loads(self._arrivals.read_text(encoding="utf-8"))
+            absent = {int(step): [int(leaf) for leaf in leaves.split()] for step, leaves in found["absent"].items()}
+            passes = int(found["passes"])
+        except OSError as error:
+            raise UserError(
+                f"--replay: {self._arrivals}: {error.strerror}; give the folder of a finished run that had "
+                "batch.deadline (any other is repeated by its config alone)"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--replay: {self._arrivals}: is damaged; the run cannot be replayed without it") from None
+        if changed := differences(read_config(self._config), config):
+            raise UserError(f"--replay: not the config of {self.path}: {'; '.join(changed)}")
+        return Recorded(passes, absent, self.data())
 
     def data(self) -> dict[str, dict[str, Any]]:
         """What the run was trained on, by part; empty where the folder does not say."""

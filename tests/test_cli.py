@@ -20,7 +20,7 @@ from largebatch.cli import app
 IMAGENET = str(ROOT / "configs/imagenet_resnet50_8k.yaml")
 # What scripts rely on: these stay. Commands may be added.
 FROZEN = {
-    "train": {"CONFIG", "[section.key=value]...", "--run-dir", "--resume"},
+    "train": {"CONFIG", "[section.key=value]...", "--run-dir", "--resume", "--replay"},
     "evaluate": {"RUN", "[section.key=value]...", "--on", "--out", "--per-class", "--weights"},
     "predict": {"RUN", "IMAGE...", "--top", "--json", "--csv", "--weights"},
     "export": {"RUN", "--to", "--out", "--weights"},

@@ -43,7 +43,7 @@ def test_no_deal_is_quicker_than_the_one_by_speed() -> None:
 
 
 def pace(*of_a_pass: float, asked: int = 9, seconds: float = 1.0) -> Pace:
-    return Pace(list(of_a_pass), list(of_a_pass), asked, seconds)
+    return Pace(list(of_a_pass), list(of_a_pass), list(of_a_pass), asked, seconds)
 
 
 def test_a_difference_that_lasts_changes_the_deal_after_what_is_prefetched() -> None:

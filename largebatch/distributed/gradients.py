@@ -6,11 +6,13 @@ DDP finds the moment at which each bucket of gradients is ready; what is done wi
 # No `from __future__ import annotations` here: DDP checks the hook's annotations as objects.
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 from torch.futures import Future
@@ -48,12 +50,17 @@ class GradientExchange:
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._on_last = on_last
         self._look: Look | None = None
+        self._sent: list[Bucket] = []
+        self._order: list[Bucket] = []
+        self._early: list[tuple[Bucket, Future[Tensor]]] = []
+        self._whole_steps = 0
         self._leaf = -1
         self._complete = False
 
     def begin_step(self, loss_scale: Tensor | None = None, look: Look | None = None) -> None:
         """Forget the gradients of the step before."""
         self._look, self._complete = look, False
+        self._order, self._sent, self._early = self._sent or self._order, [], []
         self.drop()
         self.reduction.begin_step(loss_scale)
 
@@ -74,11 +81,36 @@ class GradientExchange:
         ready = self._read(bucket)
         if self._look is not None:
             self._look(self._leaf, ready.positions, ready.gradients)
+        self._sent.append(ready)
         total = self.allreduce.start(self.reduction.outgoing(ready))
         if bucket.is_last():
             self._complete = True
+            self._whole_steps += 1
             self._on_last()
-        return total.then(lambda done: self.reduction.incoming(done.value(), ready))
+        return total.then(functools.partial(self._incoming, ready))
+
+    @property
+    def can_end_early(self) -> bool:
+        """Whether the order of DDP's buckets is known for good: it lays them out anew after the first step."""
+        return self._whole_steps > 1
+
+    def end_early(self) -> None:
+        """Exchange what the passes so far have left, without a backward: this rank runs no further one in this step.
+
+        Other ranks are in DDP's hook meanwhile, so the buckets are those of the steps before, in their order.
+        """
+        for like in self._order:
+            bucket = like.empty()
+            held = [grad for i in bucket.positions if (grad := self.parameters[i].grad) is not None]
+            if held:  # the reduction has not taken them
+                torch._foreach_copy_(bucket.gradients, held)
+            total = self.allreduce.start(self.reduction.outgoing(bucket))
+            incoming = functools.partial(self._incoming, bucket)
+            self._early.append((bucket, total.then(incoming)))
+        self._complete = True
+
+    def _incoming(self, bucket: Bucket, total: Future[Tensor]) -> Tensor:
+        return self.reduction.incoming(total.value(), bucket)
 
     def _read(self, bucket: GradBucket) -> Bucket:
         key = tuple(map(id, bucket.parameters()))
@@ -92,6 +124,10 @@ class GradientExchange:
         if not self._complete:
             self.gradients()
             raise UserError(f"a trainable parameter got no gradient in the last pass of a step; {_REMEDY}")
+        for bucket, total in self._early:
+            total.wait()
+            for position, gradient in zip(bucket.positions, bucket.gradients, strict=True):
+                self.parameters[position].grad = gradient
 
     def gradients(self) -> list[Tensor]:
         """``p.grad`` of every parameter. Raises UserError if the last backward did not reach one."""

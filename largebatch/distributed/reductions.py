@@ -23,6 +23,10 @@ class Bucket:
         self._layout = layout
         self.gradients = self.views(buffer)
 
+    def empty(self) -> Bucket:
+        """One of the same parameters and layout, in memory of its own, all zeros."""
+        return Bucket(self.positions, torch.zeros_like(self.buffer), self._layout)
+
     def views(self, memory: Tensor) -> list[Tensor]:
         """A view of `memory`, laid out as the buffer is, for each parameter."""
         start = memory.storage_offset()

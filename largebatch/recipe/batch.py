@@ -14,6 +14,21 @@ from largebatch.errors import ConfigError
 from largebatch.section import FreeOnResume, Section
 
 
+class DeadlineSettings(Section):
+    """How long a step may take before ranks start no further pass in it. One of the two is set."""
+
+    slack: float | None = Field(None, gt=0, le=1000)
+    """A share of the usual time, on top of it: the median over ranks and over the newest records of the metrics."""
+    seconds: float | None = Field(None, gt=0, le=1e6)
+    """From the start of the step."""
+
+    @model_validator(mode="after")
+    def _one(self) -> DeadlineSettings:
+        if (self.slack is None) == (self.seconds is None):
+            raise ValueError("set either slack, a share of the usual time such as 0.3, or seconds")
+        return self
+
+
 class BatchSettings(Section):
     """The minibatch kn as the paper defines it: k workers of n images."""
 
@@ -32,6 +47,10 @@ class BatchSettings(Section):
     on_resize: FreeOnResume[Literal["keep", "rescale"]] = "keep"
     """When a run resumes on another number of ranks. keep: they share the same virtual workers, and nothing else
     changes; rescale: each rank keeps the number it had, so kn changes, and the learning rate by its rule."""
+
+    deadline: DeadlineSettings | None = None
+    """A rank that is past it starts no further pass in a step, which then is the mean over the workers that arrived
+    (docs/stragglers.md). Which did is recorded, and `train --replay` repeats it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -58,7 +77,16 @@ class BatchSettings(Section):
     def _resize_fits(self) -> BatchSettings:
         if self.on_resize == "rescale" and (self.shuffle, self.loss_mean_over) != ("once", "global_batch"):
             raise ValueError("on_resize rescale needs shuffle: once and loss_mean_over: global_batch")
+        if self.on_resize == "rescale" and self.drops:
+            raise ValueError(
+                "on_resize rescale changes the workers whose arrival is recorded; set keep, or no deadline"
+            )
         return self
+
+    @property
+    def drops(self) -> bool:
+        """Whether workers of a step may be left out."""
+        return self.deadline is not None
 
     @property
     def global_batch(self) -> int:
@@ -83,9 +111,11 @@ class Deal:
     passes: tuple[tuple[int, ...], ...]
     """For each rank, its passes in the order in which it runs them."""
     workers_per_pass: int = 1
+    absent: tuple[int, ...] = ()
+    """Passes that no rank runs, since they did not arrive in the step that is replayed."""
 
     def __post_init__(self) -> None:
-        dealt = sorted(p for of_rank in self.passes for p in of_rank)
+        dealt = sorted([p for own in self.passes for p in own] + list(self.absent))
         if dealt != list(range(len(dealt))):
             raise ValueError(f"each pass must be dealt to one rank, these are {dealt}")
         if not all(self.passes):
@@ -94,8 +124,8 @@ class Deal:
 
     @property
     def leaves(self) -> int:
-        """Passes of a step, over all ranks."""
-        return sum(map(len, self.passes))
+        """Passes of a step, over all ranks and absent ones."""
+        return sum(map(len, self.passes)) + len(self.absent)
 
     def workers_of(self, rank: int) -> list[range]:
         """The virtual workers of each of a rank's passes."""
@@ -146,3 +176,11 @@ def deal_by_speed(deal: Deal, of_a_pass: Sequence[float]) -> Deal:
         heapq.heapreplace(done, (end + of_a_pass[rank], rank))
     cuts = itertools.pairwise([0, *itertools.accumulate(counts)])
     return Deal(tuple(tuple(range(*cut)) for cut in cuts), deal.workers_per_pass)
+
+
+def deal_without(deal: Deal, absent: Sequence[int]) -> Deal:
+    """The passes of `deal` but for those `absent`, dealt equally. There must be one for each rank."""
+    ranks = len(deal.passes)
+    present = sorted(set(range(deal.leaves)) - set(absent))
+    passes = tuple(tuple(present[i] for i in block(len(present), ranks, rank)) for rank in range(ranks))
+    return Deal(passes, deal.workers_per_pass, tuple(absent))

@@ -3,8 +3,8 @@
 A record is a flat dict with ``step`` (the number of updates done when it was written), ``epoch``, and any of
 ``train/loss, train/top1_error, lr, global_batch, images_per_second, data_wait, compute, slowest_rank, slowdown,
 deal/rank_R`` (virtual workers of rank R from here on, where the deal changes), ``skipped_steps, overflowed_steps,
-skipped_images, gradient_noise_scale (images), gradient_noise, gradient_squared_norm, val/loss, val/top1_error,
-val/top5_error, val/skipped_images, weights_sha256``, and with an average of the weights
+dropped_workers, skipped_images, gradient_noise_scale (images), gradient_noise, gradient_squared_norm, val/loss,
+val/top1_error, val/top5_error, val/skipped_images, weights_sha256``, and with an average of the weights
 ``val/ema_loss, val/ema_top1_error, val/ema_top5_error, ema_weights_sha256``.
 ``metrics.jsonl`` is the truth: after a stop it is cut back to the checkpoint, and ``tensorboard/`` is rebuilt
 from what is left.

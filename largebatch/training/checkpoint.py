@@ -38,6 +38,8 @@ class TrainState:
     """Updates left out so far."""
     skipped_images: int
     """Training images that another stood in for so far."""
+    absent: dict[int, list[int]]
+    """Passes that did not arrive, by step, where there were any (`batch.deadline`)."""
     virtual_workers: int
     """k of the newest step."""
     world_size: int

@@ -6,8 +6,10 @@ Only a difference that lasts is followed. What decides is the same on all ranks,
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 
-from largebatch.recipe.batch import Deal, deal_by_speed
+from largebatch.errors import UserError
+from largebatch.recipe.batch import Deal, deal_by_speed, deal_without
 from largebatch.training.stragglers import Pace
 
 _GAIN = 1.1  # a step that takes less than this share longer than it could is left as it is
@@ -69,6 +71,31 @@ class Dealer:
 
     def _enough(self, measurements: list[Pace]) -> bool:
         return len(measurements) >= self._needed and sum(pace.seconds for pace in measurements) >= _SECONDS
+
+
+class ReplayedDeals(Dealer):
+    """The deals of a run's steps without the passes that did not arrive when it was recorded."""
+
+    def __init__(self, deal: Deal, passes: int, absent: Mapping[int, Sequence[int]]) -> None:
+        """The recorded run had so many `passes` a step, and those `absent` by step. Raises UserError if `deal` has
+        other ones, or if a step has too few for the ranks."""
+        super().__init__(deal, measured=False)
+        if passes != deal.leaves or not {p for own in absent.values() for p in own} <= set(range(passes)):
+            raise UserError(
+                f"--replay: the recorded run had {passes} passes a step, this one has {deal.leaves}; with "
+                "batch.workers_per_rank, start as many ranks"
+            )
+        self._absent = absent
+        fewest = deal.leaves - max(map(len, absent.values()), default=0)
+        if fewest < len(deal.passes):
+            raise UserError(
+                f"--replay: {fewest} passes arrived in a step of the recorded run, too few for {len(deal.passes)} "
+                f"ranks (each needs at least one); start at most {fewest} ranks"
+            )
+
+    def at(self, step: int) -> Deal:
+        """See `Dealer.at`."""
+        return deal_without(self.newest, self._absent.get(step, ()))
 
 
 def _counts(deal: Deal) -> str:

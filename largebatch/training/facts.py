@@ -28,6 +28,8 @@ class StepFacts:
     not_finite: bool = False
     overflowed: tuple[int, ...] = ()
     """Positions of the parameters whose sum may not be exact."""
+    absent: tuple[int, ...] = ()
+    """Passes that the step was left without."""
     passes_not_finite: tuple[bool, ...] = ()
     """Which of this rank's own passes had a loss that is not finite."""
 
@@ -41,20 +43,19 @@ class FactReader:
 
     def __init__(self, device: torch.device) -> None:
         self._lag = 1 if device.type == "cuda" else 0
-        self._pending: deque[tuple[int, Tensor, Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[int, Tensor, Tensor, int, torch.cuda.Event | None]] = deque()
 
     def read(self, step: int, result: StepResult) -> StepFacts:
         """Take in the facts of `step`; returns the newest that are due."""
         overflowed = result.overflowed
-        packed = torch.cat(
-            [result.flags > 0, result.not_finite.reshape(1), overflowed.any().reshape(1), result.passes_not_finite]
-        )
+        parts = [result.flags > 0, result.not_finite, overflowed.any(), result.arrived, result.passes_not_finite]
+        packed = torch.cat([part.reshape(-1) for part in parts])
         event = None
         if packed.is_cuda:
             packed = packed.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((step, packed, overflowed, event))
+        self._pending.append((step, packed, overflowed, len(result.arrived), event))
         return self._oldest() if len(self._pending) > self._lag else StepFacts(step=-1)
 
     def rest(self) -> Iterator[StepFacts]:
@@ -63,12 +64,13 @@ class FactReader:
             yield self._oldest()
 
     def _oldest(self) -> StepFacts:
-        step, packed, overflowed, event = self._pending.popleft()
+        step, packed, overflowed, passes, event = self._pending.popleft()
         if event is not None:
             event.synchronize()
         stop, save, failed, bad, any_overflow, *here = packed.tolist()
         positions = tuple(overflowed.nonzero().flatten().tolist()) if any_overflow else ()  # rare, so may wait
-        return StepFacts(step, stop, save, failed, bad, positions, tuple(here))
+        absent = tuple(leaf for leaf, arrived in enumerate(here[:passes]) if not arrived)
+        return StepFacts(step, stop, save, failed, bad, positions, absent, tuple(here[passes:]))
 
 
 def flags_on(device: torch.device, *, stop: bool, save: bool, failed: bool) -> Tensor:

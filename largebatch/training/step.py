@@ -62,6 +62,8 @@ class StepResult:
     """Boolean, [parameters]: these tensors' sums may not be exact, and the update is left out."""
     passes_not_finite: Tensor
     """Boolean, [passes]: this rank's passes whose loss was not finite."""
+    arrived: Tensor
+    """Boolean, [passes of all ranks]: which of them the step is made of; empty where none can be left out."""
 
 
 def train_step(
@@ -118,4 +120,5 @@ def train_step(
         not_finite=not_finite,
         overflowed=virtual.outcome.overflowed,
         passes_not_finite=~torch.stack(losses).isfinite(),
+        arrived=virtual.arrived,
     )

@@ -19,18 +19,24 @@ class Pace:
     """Seconds of a step, by rank."""
     of_a_pass: list[float]
     """Seconds of a pass, by rank: ranks may have different numbers of them."""
+    of_a_pass_with_data: list[float]
+    """The same and the wait for its images."""
     asked: int
     """The newest step that a rank has asked its loader for."""
     seconds: float
     """What this was measured over."""
 
 
-def gather_pace(ranks: Ranks, *, compute: float, steps: int, passes: int, asked: int, seconds: float) -> Pace:
-    """Each rank's seconds of `compute` in `steps` steps and, on this rank, `passes`. Called on all ranks together."""
-    table = torch.zeros(ranks.world_size, 4, dtype=torch.float64, device=ranks.device)
-    table[ranks.rank] = torch.tensor([compute / steps, compute / passes, asked, seconds])
-    by_step, of_a_pass, asked_for, seconds_on = ranks.sum(table).t().tolist()
-    return Pace(by_step, of_a_pass, int(max(asked_for)), seconds_on[0])
+def gather_pace(
+    ranks: Ranks, *, compute: float, data_wait: float, steps: int, passes: int, asked: int, seconds: float
+) -> Pace:
+    """Each rank's seconds of `compute` and `data_wait` in `steps` steps and, on this rank, `passes`. Called on all
+    ranks together."""
+    own = [compute / steps, compute / passes, (compute + data_wait) / passes, asked, seconds]
+    table = torch.zeros(ranks.world_size, len(own), dtype=torch.float64, device=ranks.device)
+    table[ranks.rank] = torch.tensor(own)
+    by_step, of_a_pass, with_data, asked_for, seconds_on = ranks.sum(table).t().tolist()
+    return Pace(by_step, of_a_pass, with_data, int(max(asked_for)), seconds_on[0])
 
 
 class StragglerWatch:

@@ -6,7 +6,8 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,6 @@ from largebatch.data.mixing import Mixing
 from largebatch.data.source import Batches, ImageSource, Pass
 from largebatch.distributed.environment import Ranks
 from largebatch.errors import CheckpointError, HealthError, Preempted, UserError
-from largebatch.recipe.batch import Deal
 from largebatch.recipe.order import EpochOrder
 from largebatch.recipe.resize import Resize
 from largebatch.recipe.schedule import Schedule
@@ -29,7 +29,7 @@ from largebatch.report.samples import draw_samples
 from largebatch.training.averaging import WeightAverage
 from largebatch.training.best import BestWeights, weights_of
 from largebatch.training.checkpoint import CheckpointFolder, TrainState
-from largebatch.training.dealing import Dealer
+from largebatch.training.dealing import Dealer, ReplayedDeals
 from largebatch.training.evaluation import evaluate
 from largebatch.training.facts import FactReader, StepFacts, flags_on
 from largebatch.training.interval import Interval
@@ -92,6 +92,8 @@ class Trainer:
     """What the ranks compute on."""
     skipped_steps: int = 0
     """Updates left out so far, since they were not finite or not exact."""
+    absent: dict[int, list[int]] = field(default_factory=dict)
+    """Passes that did not arrive so far, by step, where there were any."""
     skipped_images: int = 0
     """Training images that another stood in for, before this process started."""
     average: WeightAverage | None = None
@@ -132,6 +134,8 @@ class Trainer:
         self.dealer = Dealer(self.virtual.deal, measured=self.execution.deal == "measured")
         """Says by which deal each step runs."""
         self._asked = self._passes = 0
+        self._unread: deque[int] = deque()
+        """The step of each pass that the loader was asked for and has not given."""
 
     # ---- state
 
@@ -145,6 +149,7 @@ class Trainer:
             devices=self.devices,
             skipped_steps=self.skipped_steps,
             skipped_images=skipped_images,
+            absent=self.absent,
             virtual_workers=self.virtual.virtual_workers,
             world_size=self.ranks.world_size,
             resize=asdict(self.resize) if self.resize else None,
@@ -177,10 +182,15 @@ class Trainer:
         if self.resize is None or self.resize.step != state.step:
             self._interval = Interval(**state.interval)  # else its steps had another minibatch
         self.step, self.skipped_steps = state.step, state.skipped_steps
-        self.skipped_images = state.skipped_images
+        self.skipped_images, self.absent = state.skipped_images, state.absent
         self.recent_top1_errors = state.recent_top1_errors
         self.last_validation = state.last_validation
         self.seconds, self.train_seconds = state.seconds, state.train_seconds
+
+    def replay(self, passes: int, absent: Mapping[int, Sequence[int]]) -> None:
+        """Make each step of the passes that arrived in a recorded run (see `ReplayedDeals`)."""
+        self.dealer = ReplayedDeals(self.virtual.deal, passes, absent)
+        self.virtual.gate = None
 
     # ---- the loop
 
@@ -202,7 +212,7 @@ class Trainer:
                     self._show_first_images(batches, clock, writer)
                 while self.step < total:
                     facts = self._train_step(batches)
-                    self._note_overflow(facts, progress)
+                    self._note(facts, progress)
                     evaluates, saves = evaluations.due(self.step), self._saves_after(facts)
                     if saves:
                         facts = self._settle(facts, progress)
@@ -254,16 +264,31 @@ class Trainer:
         overflowed = result.overflowed.any()
         self._interval.add(result.sums, counts=~(result.not_finite | overflowed))
         self._interval.add({"skipped": result.not_finite, "overflowed": overflowed})
+        if len(result.arrived):
+            dropped = (~result.arrived).sum() * self.execution.workers_per_pass
+            self._interval.add({"dropped": dropped}, counts=~(result.not_finite | overflowed))
         self._interval.steps += 1
-        self._passes += len(result.passes_not_finite)
         facts = self._facts.read(self.step, result)
         self.step += 1
         if self.average:
             self.average.update(self.step)
+        self._discard(batches, read=len(result.passes_not_finite))
         self._check_finite(facts)
         return facts
 
-    def _note_overflow(self, facts: StepFacts, progress: Progress) -> None:
+    def _discard(self, batches: Iterator[tuple[Tensor, Tensor]], *, read: int) -> None:
+        """After a step that has `read` so many passes: take those from the loader that it was left without."""
+        self._passes += read
+        for _ in range(read):
+            self._unread.popleft()
+        while self._unread and self._unread[0] < self.step:
+            next(batches)
+            self._unread.popleft()
+
+    def _note(self, facts: StepFacts, progress: Progress) -> None:
+        """Record the passes that did not arrive, and report an overflow."""
+        if facts.absent:
+            self.absent[facts.step] = list(facts.absent)
         if facts.overflowed:
             names = [name for name, p in self.virtual.model.named_parameters() if p.requires_grad]
             named = ", ".join(names[i] for i in facts.overflowed[:3])
@@ -280,7 +305,7 @@ class Trainer:
     def _settle(self, facts: StepFacts, progress: Progress) -> StepFacts:
         """`facts`, and those of the steps since: what a checkpoint holds must be known to be good."""
         for later in self._facts.rest():
-            self._note_overflow(later, progress)
+            self._note(later, progress)
             self._check_finite(later)
             facts = replace(later, stop=facts.stop or later.stop, failed=facts.failed or later.failed)
         return facts
@@ -293,20 +318,26 @@ class Trainer:
         return flags_on(self.ranks.device, stop=stop, save=due and self.ranks.is_main, failed=failed)
 
     def _stream(self) -> Batches:
-        steps = range(self.step, self.schedule.total_steps)
-        return self.train.stream(self.passes(steps, self._ask), augment=True)
+        self._unread.clear()
+        return self.train.stream(self._ask(), augment=True)
 
-    def _ask(self, step: int) -> Deal:
-        """The deal of a step whose passes the loader is about to be asked for."""
-        self._asked = step
-        return self.dealer.at(step)
+    def _ask(self) -> Iterator[Pass]:
+        """What the loader is asked for: by the deal of each step, but for passes of a step that has ended early."""
+        for step in range(self.step, self.schedule.total_steps):
+            self._asked = step
+            for workers in self.dealer.at(step).workers_of(self.ranks.rank):
+                if step >= self.step:
+                    self._unread.append(step)
+                    yield self._pass(step, workers)
 
-    def passes(self, steps: Iterable[int], deal_of: Callable[[int], Deal] | None = None) -> Iterator[Pass]:
-        """The images of this rank's passes of `steps`, in order, by the current deal unless another is given."""
+    def passes(self, steps: Iterable[int]) -> Iterator[Pass]:
+        """The images of this rank's passes of `steps`, in order, by the deal that holds now."""
         for step in steps:
-            deal = deal_of(step) if deal_of else self.virtual.deal
-            for workers in deal.workers_of(self.ranks.rank):
-                yield Pass(self.order.epoch_of(step), self.order.indices(step, workers))
+            for workers in self.virtual.workers_by_pass:
+                yield self._pass(step, workers)
+
+    def _pass(self, step: int, workers: range) -> Pass:
+        return Pass(self.order.epoch_of(step), self.order.indices(step, workers))
 
     def _each_epochs(self, epochs: float) -> Cadence:
         every = max(1, round(epochs * self.order.steps_per_epoch)) if epochs else 0
@@ -322,7 +353,9 @@ class Trainer:
         (skipped,), (overflowed,) = interval.read("skipped"), interval.read("overflowed")
         counted = interval.steps - int(skipped + overflowed)
         self.skipped_steps += int(skipped + overflowed)
-        images = counted * self.order.global_batch
+        dropped = int(sum(interval.read("dropped")))
+        dropped_images = dropped * self.order.images_per_worker
+        images = counted * self.order.global_batch - dropped_images
         timing = clock.read(batches.waited)
         compute = self._compare_ranks(timing, progress)
         record: dict[str, float] = {
@@ -332,7 +365,7 @@ class Trainer:
             "train/top1_error": 100.0 * wrong / images if counted else math.nan,
             "lr": self.schedule.lr_at(self.step - 1),
             "global_batch": self.order.global_batch,
-            "images_per_second": self.order.global_batch / timing.step,
+            "images_per_second": (self.order.global_batch - dropped_images / interval.steps) / timing.step,
             "data_wait": timing.data_wait,
             **compute,
             **_noise_record(interval.read("noise")),
@@ -341,6 +374,8 @@ class Trainer:
             record["skipped_steps"] = int(skipped)
         if overflowed:
             record["overflowed_steps"] = int(overflowed)
+        if dropped:
+            record["dropped_workers"] = dropped
         if skipped_images := self._all_skipped_images():
             record["skipped_images"] = skipped_images
         return record
@@ -350,12 +385,15 @@ class Trainer:
         pace = gather_pace(
             self.ranks,
             compute=self.virtual.own_compute.read(),
+            data_wait=timing.data_wait * timing.steps,
             steps=timing.steps,
             passes=self._passes,
             asked=self._asked,
             seconds=timing.steps * timing.step,
         )
         self._passes = 0
+        if self.virtual.gate is not None:
+            self.virtual.gate.learn(pace)
         record, straggler = self._stragglers.compare(pace)
         dealt = self.dealer.consider(pace) if pace.asked + 1 < self.schedule.total_steps else None
         for line in filter(None, (straggler, dealt)):
@@ -440,7 +478,8 @@ class Trainer:
         # A device that computes wrong is the cause sooner than the recipe.
         self._check_replicas()
         dealt = self.dealer.at(facts.step).workers_of(self.ranks.rank)
-        own = [w for w, bad in zip(dealt, facts.passes_not_finite, strict=True) if bad]
+        # Fewer passes than dealt, if the step ended early.
+        own = [w for w, bad in zip(dealt, facts.passes_not_finite, strict=False) if bad]
         everyone = self.ranks.gather([worker for workers in own for worker in workers])
         found = [f"rank {rank}: virtual workers {workers}" for rank, workers in enumerate(everyone) if workers]
         where = "the loss on " + "; ".join(found) if found else "the summed gradients, though every loss is finite"
@@ -488,6 +527,7 @@ class Trainer:
             return
         batchnorm = self.virtual.batchnorm
         running = batchnorm.read()
+        self.virtual.deal = self.dealer.newest  # a step that is replayed may lack passes
         # The images of the newest steps; those before a resize had another minibatch.
         first = max(self.resize.step if self.resize else 0, self.step - self.precise_steps)
         count = self.step - first
@@ -507,7 +547,8 @@ class Trainer:
 
     def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished run."""
-        images = self.order.images_consumed(self.step)
+        dropped = self.execution.workers_per_pass * sum(map(len, self.absent.values()))
+        images = self.order.images_consumed(self.step) - dropped * self.order.images_per_worker
         skipped = self.last_validation.get("val/skipped_images", 0)
         skipped_train = self._all_skipped_images()
         return {
@@ -525,6 +566,7 @@ class Trainer:
             **({"skipped_images": int(skipped)} if skipped else {}),
             **({"skipped_train_images": skipped_train} if skipped_train else {}),
             **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
+            **({"dropped_workers": dropped} if dropped else {}),
         }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.futures import Future
 
@@ -22,6 +23,7 @@ from largebatch.recipe.batch import Deal, deal_equally
 from largebatch.training.batchnorm import BatchNormStatistics
 from largebatch.training.buffers import BufferWatch
 from largebatch.training.delays import Delays
+from largebatch.training.gates import Gate
 from largebatch.training.generators import Generators
 from largebatch.training.noise_scale import NoiseProbe
 from largebatch.training.stopwatch import make_stopwatch
@@ -51,6 +53,13 @@ class VirtualWorkers:
     The gradients of the step before are dropped by `step`, so `optimizer.zero_grad()` is not needed.
     """
 
+    gate: Gate | None = None
+    """What may end a step early on this rank (needs `drops`)."""
+    delays: Delays | None = None
+    """What this rank sleeps in its forwards."""
+    noise: Tensor | None = None
+    """tr(Σ) and |G|², float64 [2], of the newest step (see `NoiseProbe`), if `step` was told to measure."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -67,15 +76,15 @@ class VirtualWorkers:
         gradient_as_bucket_view: bool = False,
         compression: str = "none",
         seed: int = 0,
-        delays: Delays | None = None,
+        drops: bool = False,
     ) -> None:
         """Wrap `model`, which already is on ``ranks.device``.
 
         `batchnorm_momentum` is the weight of the old running average (None: what each module says); with
         `batchnorm_over` "pass", the workers of a pass are normalised together, which is an ablation.
         `noise_images`, the images of a step, lets the gradient noise scale be measured; it needs the reduction
-        "reproducible" and two passes. `delays` are slept in the forwards. For the settings of the exchange see
-        `ExecutionSettings`.
+        "reproducible" and two passes. With `drops`, a step may be left without some of its passes, by the deal or by
+        `gate`: all means are then over those that arrived. For the settings of the exchange see `ExecutionSettings`.
         Raises ConfigError if `virtual_workers` cannot be dealt to the ranks, or with `static_graph` if a rank would
         run several passes.
         """
@@ -85,7 +94,6 @@ class VirtualWorkers:
         self._static_graph = static_graph
         self.deal = deal_equally(virtual_workers, workers_per_pass, ranks.world_size)
         self._leaves = self.deal.leaves
-        self._delays = delays
         self._generators = Generators(ranks.device, seed)
         # Kernels that add in an order of their own would undo what the exact sum promises.
         self._deterministic = reduction == "reproducible"
@@ -93,6 +101,10 @@ class VirtualWorkers:
         self.batchnorm = BatchNormStatistics(model, workers_per_pass=groups, momentum=batchnorm_momentum)
         self.own_compute = make_stopwatch(ranks.device)
         """Runs from each pass's forward until its gradients are there, and never while other ranks are waited for."""
+        self.drops = drops
+        """Whether steps may be left without some of their passes."""
+        self.arrived = torch.ones(self._leaves if drops else 0, dtype=torch.bool, device=ranks.device)
+        """Boolean, [passes], on the device: which passes of the newest step arrived; empty without `drops`."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.reduction = REDUCTIONS[reduction](parameters, self._leaves, compression)
         self._exchange = GradientExchange(parameters, self.reduction, BackendAllReduce(ranks), on_last=self._only_wait)
@@ -115,8 +127,6 @@ class VirtualWorkers:
         """What `backward` was given as `sums`, by name, summed over all k workers of the newest step; float64."""
         self.outcome = Outcome(torch.zeros(()), torch.zeros(0))
         """Whether the newest step's gradients may be applied (see `update_unless`)."""
-        self.noise: Tensor | None = None
-        """tr(Σ) and |G|², float64 [2], of the newest step (see `NoiseProbe`), if `step` was asked to measure."""
 
     @property
     def deal(self) -> Deal:
@@ -130,6 +140,8 @@ class VirtualWorkers:
                 f"a deal of {deal.leaves * deal.workers_per_pass} virtual workers to {len(deal.passes)} ranks, for "
                 f"{self.virtual_workers} on {self._ranks.world_size}"
             )
+        if deal.absent and not self.drops:
+            raise ValueError("a deal with absent passes needs `drops`")
         if self._static_graph and self._ranks.distributed and deal.leaves > len(deal.passes):
             raise ConfigError(
                 f"execution.static_graph: a rank has {max(map(len, deal.passes))} passes a step, and DDP allows one; "
@@ -163,6 +175,8 @@ class VirtualWorkers:
         self._exchange.begin_step(loss_scale, self._probe.look if self._probe and measure_noise else None)
         self.batchnorm.begin_step()
         self._small, self._total, self._open = None, None, True
+        if self.gate is not None:
+            self.gate.begin_step(step, self.deal)
         passes = self._passes(step, loss_scale)
         try:
             with deterministic(self._ranks.device, wanted=self._deterministic):
@@ -223,8 +237,8 @@ class VirtualWorkers:
         self._ranks.whereabouts.enter("forward")
         if self._pass is not None:
             self._pass.forwards += 1
-            if self._delays is not None:
-                self._delays.sleep(self._pass.step, self._pass.leaf)
+            if self.delays is not None:
+                self.delays.sleep(self._pass.step, self._pass.leaf)
         return self._wrapped(*inputs)
 
     def backward(self, loss: Tensor, *, sums: Mapping[str, Tensor] | None = None, factor: float = 1.0) -> None:
@@ -246,7 +260,10 @@ class VirtualWorkers:
             raise UserError("virtual.backward was called twice in one pass; add the losses up and call it once")
         parts = {"loss": loss.detach(), **(sums or {})}
         self._names = {name: part.shape for name, part in parts.items()}
-        self._add_small(torch.cat([self.batchnorm.batch.double(), *(p.double().reshape(-1) for p in parts.values())]))
+        vectors = [self.batchnorm.batch, *parts.values()]
+        if self.drops:
+            vectors.insert(0, F.one_hot(torch.tensor(now.leaf, device=self._ranks.device), self._leaves))
+        self._add_small(torch.cat([vector.double().reshape(-1) for vector in vectors]))
         if self._ranks.distributed and now.last and self._small is not None:
             self._total = self._exchange.allreduce.start(self._small)
         # The mean over kn images is the sum over the passes of their means over the number of passes (remark 3).
@@ -266,6 +283,9 @@ class VirtualWorkers:
         own = self.deal.passes[self._ranks.rank]
         for leaf, workers in zip(own, self.workers_by_pass, strict=True):
             self._check_pass(step)
+            if self._pass is not None and not self._may_start():
+                self._end_early(self._pass)
+                return
             self._pass = _Pass(step, leaf, last=leaf == own[-1], loss_scale=loss_scale)
             self._exchange.begin_pass(leaf)
             self._generators.seed(_MODEL_DRAWS, step, leaf)
@@ -274,6 +294,24 @@ class VirtualWorkers:
                 yield workers
             if self._pass.backwards and not (self._pass.last and self._ranks.distributed):
                 self._exchange.end_pass()
+
+    def _may_start(self) -> bool:
+        """Whether this rank starts another pass, after one."""
+        if self.gate is None:
+            return True
+        if self._ranks.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # done is what the device has done, not what it has been told to
+        opened = self.gate.pass_done()
+        return opened or (self._ranks.distributed and not self._exchange.can_end_early)
+
+    def _end_early(self, newest: _Pass) -> None:
+        """Let `newest` have been this rank's last pass of the step. The exchange has the order of `backward`."""
+        newest.last = True
+        if self._ranks.distributed:
+            assert self._small is not None, "a pass was done"
+            self._total = self._exchange.allreduce.start(self._small)
+            self._exchange.end_early()
+        self._only_wait()
 
     def _check_pass(self, step: int) -> None:
         """Raise UserError unless the pass that ends here had its backward."""
@@ -305,11 +343,18 @@ class VirtualWorkers:
             self._watch.check()
             self._watch = None
         total, finite = self._reduce_small()
+        leaves: Tensor | int = self._leaves
+        if self.drops:
+            self.arrived, total = total[: self._leaves] > 0, total[self._leaves :]
+            leaves = self.arrived.sum().double()
+            # Each leaf carries 1/leaves. After the exact sum, so that one rounding more is all, in a replay too.
+            gradients = self._exchange.gradients()
+            torch._foreach_mul_(gradients, (self._leaves / leaves).to(gradients[0].dtype))
         size = self.batchnorm.size
-        self.batchnorm.finish_step(total[:size] / self._leaves, finite)
+        self.batchnorm.finish_step(total[:size] / leaves, finite)
         named = dict(zip(self._names, total[size:].split([s.numel() for s in self._names.values()]), strict=True))
         self.sums = {name: named[name].view(shape) for name, shape in self._names.items()}
-        self.loss = torch.where(finite, self.sums.pop("loss").reshape(()) / self._leaves, torch.nan)
+        self.loss = torch.where(finite, self.sums.pop("loss").reshape(()) / leaves, torch.nan)
         self.outcome = self.reduction.end_step()
         self.noise = None
         if self._probe is not None and measure_noise:
