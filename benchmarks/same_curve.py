@@ -81,7 +81,7 @@ def figure() -> Any:
     ranks, rates = zip(*points, strict=True)
     right.plot(ranks, [rates[0] * n for n in ranks], "--", color="gray", label="ideal")
     right.plot(ranks, rates, "o-", label="measured, ResNet-20, two cores")
-    right.set(xlabel="ranks", ylabel="images/s", title="Throughput, 32 images a rank", xticks=ranks, ylim=(0, None))
+    right.set(xlabel="ranks", ylabel="images/s", title="Throughput, 32 images per rank", xticks=ranks, ylim=(0, None))
     right.legend(fontsize="small")
     for axis in (left, right):
         axis.title.set_fontsize("small")
