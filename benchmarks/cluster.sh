@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Run a command on N "hosts" of this machine, joined by links of a given rate, and leave nothing behind.
 #
-#   benchmarks/cluster.sh N RATE COMMAND...        (RATE as tc spells it: 200mbit, 1gbit; root, iproute2)
+#   benchmarks/cluster.sh N[xM] RATE COMMAND...    (RATE as tc spells it: 200mbit, 1gbit; root, iproute2)
 #
 # Each host is a network, hostname and mount namespace with an eth0 of its own; every link is shaped both ways. The
-# command runs on all hosts at once, as a rank of N: RANK, WORLD_SIZE, MASTER_ADDR and the like are set. The exit
-# status is 0 if it is 0 on every host.
+# command runs on all hosts at once, M times on each (once by default), as a rank of NM: RANK, WORLD_SIZE, MASTER_ADDR
+# and the like are set. The exit status is 0 if it is 0 for every rank.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 
 if [ "${1:-}" != --inside ]; then
-    [ $# -ge 3 ] || { echo "usage: cluster.sh N RATE COMMAND..." >&2; exit 2; }
+    [ $# -ge 3 ] || { echo "usage: cluster.sh N[xM] RATE COMMAND..." >&2; exit 2; }
     # The switch is a network namespace too, and this script's own: all of it ends with the script.
     exec unshare --net --mount --propagation private bash "$0" --inside "$@"
 fi
 shift
-count=$1 rate=$2
+count=${1%x*} rate=$2 each=1
+case $1 in *x*) each=${1#*x} ;; esac
 shift 2
 
 folder=$(mktemp -d)
@@ -56,9 +57,10 @@ for i in $(seq "$count"); do
 done
 
 ranks=()
-for i in $(seq "$count"); do
-    nsenter -t "${hosts[i - 1]}" -n -u -- env RANK=$((i - 1)) WORLD_SIZE="$count" LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 \
-        MASTER_ADDR=10.91.0.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 "$@" &
+for ((rank = 0; rank < count * each; rank++)); do
+    nsenter -t "${hosts[rank / each]}" -n -u -- env RANK=$rank WORLD_SIZE=$((count * each)) \
+        LOCAL_RANK=$((rank % each)) LOCAL_WORLD_SIZE="$each" MASTER_ADDR=10.91.0.1 MASTER_PORT=29500 \
+        GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 "$@" &
     ranks+=("$!")
 done
 status=0

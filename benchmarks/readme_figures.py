@@ -50,6 +50,17 @@ def jpeg() -> str:
     )
 
 
+def sent() -> str:
+    rows = read("benchmark/host_bytes.json")["rows"]
+    ratios, hosts = (
+        ", ".join(column) for column in zip(*((f"{r['ratio']:.4f}", r["hosts"]) for r in rows), strict=True)
+    )
+    return (
+        f"{ratios} on {hosts} (hosts x ranks on each); {rows[0]['ratio_first']:.2f} in the first "
+        f"{rows[0]['first_steps']} steps"
+    )
+
+
 def rows() -> list[tuple[str, str]]:
     main_job = read("train/main_job.json")
     summary = main_job["summary"]
@@ -66,6 +77,7 @@ def rows() -> list[tuple[str, str]]:
             "images/s of steps that measure the gradient noise scale relative to steps that do not, k = 16",
             ratio("train/noise_scale.json"),
         ),
+        ("bytes that a host sends in a step, `reproducible` relative to `fast`, counted at its interface", sent()),
         ("images/s of the JPEG path relative to torchvision's reference transform, one core", jpeg()),
     ]
 

@@ -17,7 +17,7 @@ SBATCH, CLUSTER = ROOT / "launch/slurm_benchmark.sbatch", ROOT / "benchmarks/clu
 
 def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.mark.parametrize("script", [SBATCH, CLUSTER])
@@ -74,6 +74,23 @@ def _cluster(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_host_has_its_own_name_and_rank() -> None:
     done = _cluster("3", "100mbit", "bash", "-c", "echo $(hostname) $RANK $WORLD_SIZE $LOCAL_WORLD_SIZE")
     assert sorted(done.stdout.splitlines()) == ["host1 0 3 1", "host2 1 3 1", "host3 2 3 1"]
+
+
+@pytest.mark.timeout(300)
+def test_an_exact_sum_sends_what_a_plain_one_does(tmp_path: Path) -> None:
+    """benchmarks/host_bytes.py in small: two hosts of two ranks, counted at their interfaces."""
+    _needs_hosts()
+    out = tmp_path / "bytes.json"
+    done = _run(
+        [sys.executable, str(ROOT / "benchmarks/host_bytes.py"), "--hosts", "2x2", "--steps", "2", "--width", "12",
+         "--json", str(out)]
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    (row,), sent = found["rows"], found["gradient_bytes"]
+    # In a ring of four, each rank sends 3/4 of the gradients twice; one of a host's two sends to the other host.
+    assert 1.5 * sent < row["fast"]["later"] < 1.7 * sent
+    assert 1.8 < row["ratio_first"] < 2.1, "int64"
 
 
 def test_a_failure_on_one_host_is_the_clusters() -> None:
