@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from run_folders import ROOT, call, tensor_hashes
 
+from largebatch.reproduce.grid import make_grid
 from largebatch.reproduce.plots import _within, draw_plots
 
 BASE = ROOT / "configs/reproduce/base/smoke.yaml"
@@ -86,6 +87,34 @@ def killed_at_work(experiment: Path, out: Path, delay: float, *, everybody: bool
     else:
         runner.kill()  # its runs are left behind, and stop
     return runner.wait() == -signal.SIGKILL
+
+
+@pytest.mark.timeout(600)
+def test_a_row_starts_from_the_same_seed_of_another(experiment: Path, tmp_path: Path) -> None:
+    """As one would by hand: train the one, then the other from its model.pt."""
+    tuned = "{name: tuned, base: digits, start: small, config: {schedule: {epochs: 2}, data: {val_images: 60}}}"
+    rows = [line for line in EXPERIMENT.replace("epochs: 20", "epochs: 4").splitlines() if "name: large" not in line]
+    experiment.write_text("\n".join(rows).replace("scales:", f"  - {tuned}\nscales:"))
+    done = call("reproduce", "run", *arguments(experiment, tmp_path / "out"), "--jobs", "3")
+    assert done.status == 0, done.out + done.err
+    grid = make_grid(str(experiment), "smoke")
+    folders = {(run.row, run.seed): tmp_path / "out/smoke/runs" / run.key for run in grid.runs}
+    for seed in (0, 1):
+        by_hand = tmp_path / str(seed)
+        start = f"model.init_from={folders['small', seed]}"
+        train = call(
+            "train", "digits", "--run-dir", by_hand, start, "schedule.epochs=2", "data.val_images=60", f"seed={seed}"
+        )
+        assert train.status == 0, train.err
+        assert tensor_hashes(by_hand) == tensor_hashes(folders["tuned", seed])
+    experiment.write_text(experiment.read_text().replace("epochs: 4", "epochs: 5"))
+    assert {run.key for run in make_grid(str(experiment), "smoke").row("tuned")}.isdisjoint(
+        run.key for run in grid.runs
+    )
+    experiment.write_text(experiment.read_text().replace("start: small", "start: tuned"))
+    refused = call("reproduce", "status", *arguments(experiment, tmp_path / "out"))
+    assert refused.status == 2
+    assert "starts from 'tuned', which must come before it" in refused.err
 
 
 @pytest.mark.timeout(600)

@@ -113,7 +113,7 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
     return {
         "name": row.name,
         "line": row.line,
-        "command": shlex.join(["largebatch", "train", config_name(first.base), *first.overrides[:-1]]),
+        "command": _train_command(first),
         "ranks": row.ranks,
         "in_table": row.name in tabled,
         "global_batch": first.config.batch.global_batch,
@@ -124,6 +124,12 @@ def _row(row: Row, grid: Grid, folders: Folders) -> dict[str, Any]:
         "paper_sample": paper_sample(row.paper),
         "curves": list(curves.values()),
     }
+
+
+def _train_command(run: Run) -> str:
+    """What trains such a run by itself, but for the seed."""
+    start = [f"model.init_from=runs/{run.start.key}/model.pt"] if run.start else []
+    return shlex.join(["largebatch", "train", config_name(run.base), *run.overrides[:-1], *start])
 
 
 def _outcome(run: Run, grid: Grid, folders: Folders, curves: dict[int, Curve]) -> dict[str, Any]:

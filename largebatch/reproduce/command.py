@@ -49,8 +49,11 @@ def submit(names: Sequence[str], scale: Scale, out: Path, jobs: int | None) -> i
     folders = Folders(out, scale)
     runs = _announce([make_grid(name, scale) for name in names], folders)
     left = [r for r in runs if folders.standing(r).state not in (*ENDED, "running")]
-    for job in submit_arrays(left, folders, jobs):
+    ready = [r for r in left if r.start is None or folders.standing(r.start).state in ENDED]
+    for job in submit_arrays(ready, folders, jobs):
         print(f"submitted: {job}")
+    if len(ready) < len(left):
+        print(f"{len(left) - len(ready)} runs start from these: submit again when these are done")
     return 0
 
 

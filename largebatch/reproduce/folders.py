@@ -95,7 +95,7 @@ class Folders:
             before = asked.get(f"{run.row}, seed {run.seed}")
             if before is None or before["key"] == run.key:
                 continue
-            found = _config_changes(self.root / "runs" / before["key"], run.config)
+            found = _config_changes(self.root / "runs" / before["key"], self.config_of(run))
             reason = "; ".join(found) or "the code or its number of ranks has changed since"
             reasons.setdefault(reason, []).append(f"{run.row} (seed {run.seed})")
         return [
@@ -109,12 +109,20 @@ class Folders:
         asked = {f"{run.row}, seed {run.seed}": {"key": run.key} for run in grid.runs}
         write_json_atomically(self._asked_file(grid), asked)
 
+    def config_of(self, run: Run) -> Config:
+        """The whole config of `run`, with the file of the weights that it starts from."""
+        if run.start is None:
+            return run.config
+        weights = str((self.of(run.start) / "model.pt").absolute())
+        model = run.config.model.model_copy(update={"init_from": weights})
+        return run.config.model_copy(update={"model": model})
+
     def write_config(self, run: Run) -> Path:
         """The whole config of `run` as a file next to the run folders."""
         folder = self.root / "configs"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{run.key}.yaml"
-        write_text_atomically(path, dump_config(run.config))
+        write_text_atomically(path, dump_config(self.config_of(run)))
         return path
 
     def _asked_file(self, grid: Grid) -> Path:

@@ -45,6 +45,8 @@ class Run:
     """Processes that must execute it; None where any number may."""
     key: str
     """Name of its folder: a hash of config, code and ranks, so rows that are the same share one run."""
+    start: Run | None = None
+    """The run whose weights it starts from."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,32 @@ def make_grid(name: str, scale: Scale) -> Grid:
     if experiment.reference not in [row.name for row in rows]:
         raise ConfigError(f"{path}: reference: the row {experiment.reference!r} is not at scale {scale!r}")
     seeds = range(experiment.scales[scale].seeds)
-    runs = [_make_run(path, experiment, row, scale, seed, code) for row in rows for seed in seeds]
-    return Grid(path.stem, name, scale, experiment, runs)
+    made: dict[tuple[str, int], Run] = {}
+    for row in rows:
+        for seed in seeds:
+            start = made.get((row.start, seed)) if row.start else None
+            if row.start and start is None:
+                raise ConfigError(f"{path}: row {row.name!r}: start: the row {row.start!r} is not at scale {scale!r}")
+            made[row.name, seed] = _make_run(path, experiment, row, scale, seed, code, start)
+    return Grid(path.stem, name, scale, experiment, list(made.values()))
 
 
-def _make_run(path: Path, experiment: Experiment, row: Row, scale: Scale, seed: int, code: str) -> Run:
+def _make_run(
+    path: Path, experiment: Experiment, row: Row, scale: Scale, seed: int, code: str, start: Run | None
+) -> Run:
     settings = experiment.scales[scale]
     delta: dict[str, str] = {}
-    for layer in (settings.config, row.config, row.at.get(scale, {})):
+    for layer in ({} if row.base else settings.config, row.config, row.at.get(scale, {})):
         delta.update(_flat(layer))
     overrides = (*(f"{key}={value}" for key, value in delta.items()), f"seed={seed}")
-    base = find_config(settings.base, path.parent)
+    base = find_config(row.base or settings.base, path.parent)
     try:
         config = read_config(base, overrides)
     except ConfigError as error:
         raise ConfigError(f"{path}: row {row.name!r} at scale {scale}: {error}") from None
-    identity = json.dumps([digest(config), code, row.ranks])
+    identity = json.dumps([digest(config), code, row.ranks, *([start.key] if start else [])])
     key = hashlib.sha256(identity.encode()).hexdigest()[:_KEY_DIGITS]
-    return Run(row.name, seed, base, overrides, config, row.ranks, key)
+    return Run(row.name, seed, base, overrides, config, row.ranks, key, start)
 
 
 def _flat(delta: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

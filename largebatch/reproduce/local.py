@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -94,8 +94,9 @@ class LocalRunner:
         with stop_on_signals() as request:
             try:
                 while waiting or running:
-                    while waiting and len(running) < self._jobs and not request.asked:
-                        running.append(self._start(waiting.pop(0), running, watcher))
+                    while len(running) < self._jobs and not request.asked and (run := _next(waiting, running)):
+                        waiting.remove(run)
+                        running.append(self._start(run, running, watcher))
                     self._wait(running, watcher)
                     if request.asked:
                         break
@@ -153,6 +154,12 @@ class LocalRunner:
             process.kill()
         for job in running:
             job.meeting.cleanup()
+
+
+def _next(waiting: Sequence[Run], running: Sequence[_Job]) -> Run | None:
+    """The first run that starts from none of the others."""
+    unfinished = {run.key for run in waiting} | {job.run.key for job in running}
+    return next((run for run in waiting if run.start is None or run.start.key not in unfinished), None)
 
 
 _STOPPED = "stopped; all runs have kept their checkpoints, and the same command resumes them"

@@ -40,6 +40,8 @@ class Row(Section):
 
     name: str
     """Its name in tables and plots."""
+    base: str | None = None
+    """The config that it changes, instead of the scale's."""
     config: dict[str, Any] = Field(default={})
     """What it changes, at every scale."""
     at: dict[Scale, dict[str, Any]] = Field(default={})
@@ -48,8 +50,10 @@ class Row(Section):
     """Scales that have this row; null for all."""
     ranks: int | None = Field(None, ge=1)
     """Processes that execute it, where the comparison is about them; null: as many as the launcher has free."""
+    start: str | None = None
+    """An earlier row, from whose model of the same seed this one starts (`model.init_from`)."""
     against: str | None = None
-    """The row that it is compared with, instead of the experiment's reference."""
+    """The row that it is compared with, instead of the experiment's reference; its own name for none."""
     line: str = ""
     """Rows of one line are joined in plots of a sweep."""
     paper: PaperValue | None = None
@@ -119,12 +123,15 @@ class Experiment(Section):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"rows: {sorted(twice)} are named twice; give each row its own name")
-        asked = [self.reference, *(row.against for row in self.rows if row.against)]
+        asked = [self.reference, *(name for row in self.rows for name in (row.against, row.start) if name)]
         asked += [name for plot in self.plots for name in plot.rows]
         asked += [name for order in self.expect for name in (order.lower, order.than)]
         missing = [name for name in asked if name not in names]
         if missing:
             raise ValueError(f"there is no row {missing[0]!r}{did_you_mean(missing[0], names)}")
+        for place, row in enumerate(self.rows):
+            if row.start is not None and row.start not in names[:place]:
+                raise ValueError(f"rows: {row.name!r} starts from {row.start!r}, which must come before it")
         return self
 
     def rows_at(self, scale: Scale) -> list[Row]:
