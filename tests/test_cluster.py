@@ -115,7 +115,7 @@ def test_the_host_of_the_rendezvous_is_lost_in_mid_epoch(tmp_path: Path, undistu
         after = job.log.read_text().removeprefix(before)
         assert status == 1
         assert "RendezvousConnectionError: The connection to the C10d store has failed" in before
-        assert "Start the same command again" in before
+        assert "Run the same command again" in before
         assert newest < STEPS
         assert statuses == [0, 0]
         assert f"resuming from step {newest} of {STEPS}" in after

@@ -29,7 +29,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, kind: str, victim: int, by: 
     for message in seen.messages:
         assert re.search(words, message), message
         assert message.count("\n") == 1
-        assert "Start the same command again" in message
+        assert "Run the same command again" in message
     if kind == "forward":  # the rank itself says where it is
         assert "hangs.py" in seen.victim
         assert "(go_through) < " in seen.victim

@@ -48,7 +48,7 @@ def test_a_lost_rank_is_named(
         for outcome in fleet.outcomes(timeout=SOON, ranks=others):
             assert outcome.status == 1
             assert f"rank {victim} died or hung" in outcome.err
-            assert "Start the same command again" in outcome.err
+            assert "Run the same command again" in outcome.err
             assert "Traceback" not in outcome.err
     assert newest_step(tmp_path) >= 3
 
@@ -130,7 +130,7 @@ def test_two_processes_of_one_rank(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
-    refused(lambda _: {"WORLD_SIZE": "3"}, "rank 2 of 3 did not come", arguments=training(tmp_path, BRIEF))
+    refused(lambda _: {"WORLD_SIZE": "3"}, "rank 2 of 3 did not join", arguments=training(tmp_path, BRIEF))
 
 
 def _lower_rate(rank: int) -> None:
