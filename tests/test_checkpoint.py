@@ -256,6 +256,7 @@ def state() -> TrainState:
         devices=["CPU with AVX2"],
         skipped_steps=1,
         skipped_images=2,
+        absent={3: [0, 5]},
         virtual_workers=4,
         world_size=2,
         resize=None,
@@ -278,6 +279,7 @@ def test_a_state_survives_the_round_trip() -> None:
     after = deserialise(serialise(before), CPU)
     assert after.__dict__.keys() == before.__dict__.keys()
     assert (after.step, after.recent_top1_errors, after.last_validation) == (7, [12.5], {"val/loss": 0.25})
+    assert after.absent == {3: [0, 5]}
     assert torch.equal(after.model["weight"], before.model["weight"])
     momentum = [s["momentum_buffer"] for s in before.optimizer["state"].values()]
     restored = [s["momentum_buffer"] for s in after.optimizer["state"].values()]
