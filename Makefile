@@ -1,6 +1,7 @@
 # Needs Python 3.10 or newer, make, and pip's network: everything else goes into .venv.
 PYTHON ?= python3
 RANKS ?= 2
+JOBS ?= 2
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,8 +20,8 @@ train: $(INSTALLED)  ## train on Fashion-MNIST; RANKS=2 processes, ARGS="schedul
 	$(BIN)/largebatch data fetch fashion-mnist
 	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m largebatch train fashion_mnist $(ARGS)
 
-test: $(INSTALLED)  ## run all tests; ARGS="-k name" chooses
-	$(BIN)/pytest $(ARGS)
+test: $(INSTALLED)  ## run all tests, JOBS=2 files at a time; ARGS="-k name" chooses
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)  ## style, formatting and types
 	$(BIN)/ruff check .
