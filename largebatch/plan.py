@@ -65,6 +65,9 @@ class Plan:
     reduction: str
     image_size: int | None
     """Pixels of an image from a file as the model sees it; None for other sets."""
+    progressive_resizing: list[list[int]]
+    """[epoch, pixels]: in training, from that epoch on."""
+    val_image_size: int | None
     resize_size: int | None
     resize_step: int | None
     """The step from which on `batch.on_resize: rescale` gave this minibatch to a run that began with another."""
@@ -123,6 +126,8 @@ def make_plan(
         loss=_explain_loss(config.loss),
         reduction=config.execution.reduction,
         image_size=config.data.image_size if from_files else None,
+        progressive_resizing=config.data.progressive_resizing,
+        val_image_size=config.data.val_size if from_files else None,
         resize_size=config.data.short_side if from_files else None,
         resize_step=resize.step if resize else None,
         warnings=_warnings(config, schedule, workers),
@@ -367,7 +372,10 @@ def describe(plan: Plan) -> str:
         ("reduction", plan.reduction),
     ]
     if plan.image_size is not None:
-        row = f"{plan.image_size} pixels; in validation the centre, with the short side resized to {plan.resize_size}"
+        stages = "".join(f", {size} from epoch {epoch}" for epoch, size in plan.progressive_resizing)
+        val = f" {plan.val_image_size} pixels" if plan.val_image_size != plan.image_size else ""
+        row = f"{plan.image_size} pixels{stages}; in validation the centre{val}, with the short side resized to "
+        row += str(plan.resize_size)
         rows.insert(3, ("image files", row))
     if plan.resize_step is not None:
         rows.append(("resized", f"this minibatch holds from step {plan.resize_step} on (batch.on_resize: rescale)"))

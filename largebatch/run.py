@@ -232,14 +232,15 @@ def build_model(
     together = config.batch.images_per_worker
     if config.batchnorm.over == "pass":
         together *= config.execution.workers_per_pass
-    images = torch.randn(min(2, together), *source.shape, generator=torch.Generator().manual_seed(0))
-    check_forward(
-        model,
-        config.model.name,
-        classes=source.classes,
-        images=images.to(ranks.device),
-        autocast=make_autocast(config.execution.precision, ranks.device),
-    )
+    for shape in [source.shape, *((source.shape[0], size, size) for size in config.data.other_sizes)]:
+        images = torch.randn(min(2, together), *shape, generator=torch.Generator().manual_seed(0))
+        check_forward(
+            model,
+            config.model.name,
+            classes=source.classes,
+            images=images.to(ranks.device),
+            autocast=make_autocast(config.execution.precision, ranks.device),
+        )
     if config.execution.compile:
         compile_regions(model)
     return model

@@ -175,15 +175,15 @@ class RunFolder:
         data: dict[str, dict[str, Any]],
     ) -> None:
         """What is known before the first step."""
-        train, _ = sources
+        train, validation = sources
         inference = {
             "model": config.model.model_dump(mode="json"),
             "weights": self._model.name,
             "class_names": list(train.class_names),
-            "shape": list(train.shape),
+            "shape": list(validation.shape),
             "mean": list(train.mean),
             "std": list(train.std),
-            "resize_size": sources[1].resize_size,
+            "resize_size": validation.resize_size,
             "data": data,
         }
         with self.writing():

@@ -86,6 +86,19 @@ def test_pixels_do_not_depend_on_processes_or_passes(folder, how):
     assert labels.tolist() == [1, 1]
 
 
+def test_the_epoch_decides_the_size_of_training_images_and_validation_has_its_own(folder):
+    sizes = {"progressive_resizing": [[1, 12], [3, 32]], "val_image_size": 28, "processes": 1}
+    train, val = load(settings_for(folder, **sizes), seed=5, device=CPU)
+    assert (train.shape, val.shape) == ((3, 24, 24), (3, 28, 28))
+    seen = read_all(train, [(epoch, [1, 2]) for epoch in range(5)])
+    assert [images.shape[2:] for images, _ in seen] == [(size, size) for size in (24, 12, 12, 32, 32)]
+    for size, epoch in ((12, 2), (32, 4)):
+        alone, _ = load(settings_for(folder).model_copy(update={"image_size": size}), seed=5, device=CPU)
+        assert torch.equal(read_all(alone, [(epoch, [1, 2])])[0][0], seen[epoch][0])
+    _, wide = load(settings_for(folder).model_copy(update={"image_size": 28}), seed=5, device=CPU)
+    assert torch.equal(*(read_all(source, [(0, [4])], augment=False)[0][0] for source in (val, wide)))
+
+
 def test_augmentation_none_is_the_validation_view(folder):
     plain, _ = load(settings_for(folder, augmentation=Augmentation(kind="none")), seed=0, device=CPU)
     augmented = read_all(plain, [(1, [0, 7])])[0][0]

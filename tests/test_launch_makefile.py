@@ -40,7 +40,7 @@ def test_an_installation_is_used_until_pyproject_changes(checkout: Path) -> None
     stamp = checkout / ".venv" / ".installed"
     stamp.parent.mkdir()
     stamp.touch()
-    assert make(checkout, "--dry-run", "test").stdout.split() == ".venv/bin/pytest -n 2 --dist loadfile".split()
+    assert make(checkout, "--dry-run", "test").stdout.split() == [".venv/bin/pytest", "-n", "2", "--dist", "loadfile"]
     newer = stamp.stat().st_mtime + 10
     os.utime(checkout / "pyproject.toml", (newer, newer))
     assert "pip install" in make(checkout, "--dry-run", "test").stdout

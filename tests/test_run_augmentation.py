@@ -26,14 +26,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_weights_do_not_depend_on_ranks_loaders_or_kills(tmp_path: Path, folder: Path) -> None:
-    varied = "data.augmentation={auto_augment: trivialaugment, color_jitter: [0.4, 0.4, 0.4, 0.1], repeats: 2}"
-    data = f"data={{name: imagefolder, root: {folder}, image_size: 16, augmentation: {{kind: resized_crop}}}}"
-    common = [*SMALL, "schedule={epochs: 2, decay: {kind: none}}", data]
+    common = [
+        *SMALL,
+        "schedule={epochs: 2, decay: {kind: none}}",
+        f"data={{name: imagefolder, root: {folder}, image_size: 16, val_image_size: 20}}",
+        "data.progressive_resizing=[[0, 12], [1, 16]]",
+        "data.augmentation={kind: auto, auto_augment: trivialaugment, color_jitter: [0.4, 0.4, 0.4, 0.1], repeats: 2}",
+    ]
 
     one = tmp_path / "one"
-    outcome = call("train", DIGITS, "--run-dir", one, *common, varied)
+    outcome = call("train", DIGITS, "--run-dir", one, *common)
     assert outcome.status == 0, outcome.err
-    other, without_loaders = tmp_path / "other", [*common, varied, "data.loader_processes=0"]
+    other, without_loaders = tmp_path / "other", [*common, "data.loader_processes=0"]
     train_digits_until_killed(other, 2, 3, *without_loaders)
     train_digits(other, 3, *without_loaders)
     assert tensor_hashes(one) == tensor_hashes(other)
@@ -45,6 +49,11 @@ def test_weights_do_not_depend_on_ranks_loaders_or_kills(tmp_path: Path, folder:
     [
         ([MIXED, "batch.images_per_worker=1"], "batch.images_per_worker 1 leaves it none to blend with"),
         (["data.augmentation.repeats=2", "batch.shuffle=per_worker"], "data.augmentation.repeats 2 deals copies"),
+        (["data.val_image_size=9"], "for image files; digits has images of one size"),
+        (
+            ["data={name: imagefolder, progressive_resizing: [[2, 16], [2, 32]]}", "data.augmentation.kind=auto"],
+            "progressive_resizing [[2, 16], [2, 32]]: needs [epoch, pixels] with growing epochs",
+        ),
         (["data.augmentation.mixup_alpha=-1"], "data.augmentation.mixup_alpha: -1"),
         (["data.augmentation.auto_augment=ra"], "data.augmentation.auto_augment: 'ra'"),
         (["data.augmentation.color_jitter=[0.4, 0.4, 0.4, 0.6]"], "the hue, the last value, is at most 0.5"),

@@ -88,7 +88,7 @@ def _silent(text: str) -> None:
 def _measure_all(
     config: Config, options: Options, launch: Launch, ranks: Ranks, note: Note, command: str
 ) -> dict[str, Any]:
-    sources = load(config.data, seed=config.seed, device=ranks.device)
+    sources = load(config.data.of_one_size, seed=config.seed, device=ranks.device)
     rows = make_rows(config, options)
     check_images(config, rows, sources[0].images)
     groups = Subgroups(ranks, options.ranks)

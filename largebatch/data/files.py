@@ -177,13 +177,13 @@ class Decoder:
         *,
         augment: bool,
         operations: Operations | None,
-        leaves_out: bool,
+        validates: bool,
     ) -> None:
-        """With `leaves_out`, a picture that may be skipped is left out, else the next good one stands in for it."""
+        """If it `validates`, a picture that may be skipped is left out, else the next good one stands in for it."""
         self._pictures, self._settings, self._seed = pictures, settings, seed
         self._crop = augment and settings.augmentation.kind != "none"
         self._operations = operations if augment else None
-        self._leaves_out = leaves_out
+        self._validates = validates
 
     def __getitem__(self, requested: Pass) -> Decoded | DataError:
         try:
@@ -193,45 +193,47 @@ class Decoder:
             return error
 
     def _decode(self, requested: Pass) -> Decoded:
-        size, skipped = self._settings.image_size, list[str]()
+        settings, skipped = self._settings, list[str]()
+        size = settings.val_size if self._validates else settings.train_size(requested.epoch)
         images = torch.empty(len(requested.indices), size, size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requested.indices), dtype=torch.int64)
-        if self._settings.multi_label:
+        if settings.multi_label:
             labels = torch.empty(len(requested.indices), self._pictures.classes)
         draws = image_draws(requested.indices, CROP_DRAWS, seed=self._seed, epoch=requested.epoch).tolist()
         row = 0
         for draw, index in zip(draws, requested.indices.tolist(), strict=True):
-            if (good := self._good_view(index % len(self._pictures), draw, skipped)) is not None:
+            if (good := self._good_view(index % len(self._pictures), draw, size, skipped)) is not None:
                 images[row], labels[row] = good
                 row += 1
         if self._operations is not None:
             self._operations(images, requested.epoch, requested.indices)
         return Decoded(images[:row], labels[:row], skipped)
 
-    def _good_view(self, index: int, draws: Sequence[float], skipped: list[str]) -> tuple[Tensor, Label] | None:
+    def _good_view(
+        self, index: int, draws: Sequence[float], size: int, skipped: list[str]
+    ) -> tuple[Tensor, Label] | None:
         """A picture as the model sees it, and its label; if it may be skipped, of the next good one, or none."""
         if self._settings.on_error == "stop":
-            return self._view(index, draws)
-        if self._leaves_out:
+            return self._view(index, draws, size)
+        if self._validates:
             try:
-                return self._view(index, draws)
+                return self._view(index, draws, size)
             except DataError as error:
                 skipped.append(str(error))
                 return None
         for candidate in range(index, index + _SKIPPED_IN_A_ROW):
             try:
-                return self._view(candidate % len(self._pictures), draws)
+                return self._view(candidate % len(self._pictures), draws, size)
             except DataError as error:
                 skipped.append(str(error))
         raise DataError(f"{skipped[-1]} ({_SKIPPED_IN_A_ROW} image files in a row are unusable, so none is skipped)")
 
-    def _view(self, index: int, draws: Sequence[float]) -> tuple[Tensor, Label]:
-        settings = self._settings
+    def _view(self, index: int, draws: Sequence[float], size: int) -> tuple[Tensor, Label]:
         try:
             picture, label = self._pictures.picture(index)
             if self._crop:
-                return training_view(picture, draws, settings.image_size, settings.augmentation), label
-            return validation_view(picture, settings.short_side, settings.image_size), label
+                return training_view(picture, draws, size, self._settings.augmentation), label
+            return validation_view(picture, self._settings.short_side_of(size), size), label
         except DataError:
             raise
         except Exception as error:  # whatever a library or the user's own code does with a file
@@ -275,11 +277,12 @@ class PictureSource:
         self._kept: tuple[_Passes, DataLoader] | None = None
         self.images, self.classes = len(pictures), pictures.classes
         self.class_names, self.mean, self.std = pictures.class_names, tuple(mean), tuple(std)
-        self.shape = (3, settings.image_size, settings.image_size)
+        size = settings.val_size if validates else settings.image_size
+        self.shape = (3, size, size)
         self.resize_size: int | None = settings.short_side
         self._pictures, self._settings, self._seed, self._device = pictures, settings, seed, device
         self._operations = make_operations(settings.augmentation, mean=mean, seed=seed)
-        self._normalise = Normalise(mean, std, self.shape, device)
+        self._normalise: dict[int, Normalise] = {}
         self.skipped = 0
         self._known_bad: set[str] = set()
 
@@ -299,12 +302,18 @@ class PictureSource:
                     raise batch
                 self._count(batch.skipped)
                 images, labels = (part.to(self._device, non_blocking=True) for part in (batch.images, batch.labels))
-                yield self._normalise(images), labels
+                yield self._normalised(images), labels
             finished = True
         finally:
             if not finished:
                 self._kept = None
             del batches, loader  # ends the loader processes, unless they are kept
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        size = images.shape[1]
+        if size not in self._normalise:
+            self._normalise[size] = Normalise(self.mean, self.std, (3, size, size), self._device)
+        return self._normalise[size](images)
 
     def _count(self, skipped: list[str]) -> None:
         """Count the pictures that were skipped, and name each of them once."""
@@ -319,7 +328,8 @@ class PictureSource:
             self._kept[0].now = passes
             return self._kept[1]
         settings, given = self._settings, iter(passes)
-        first = list(itertools.islice(given, 1))  # no later one is larger
+        first = list(itertools.islice(given, 1))  # no later one has more images
+        largest = settings.val_size if self._validates else settings.largest_train_size
         asked = _Passes(itertools.chain(first, given))
         loader = make_loader(
             Decoder(
@@ -328,12 +338,12 @@ class PictureSource:
                 self._seed,
                 augment=augment,
                 operations=self._operations,
-                leaves_out=self._validates,
+                validates=self._validates,
             ),
             asked,
             processes=settings.loader_processes,
             prefetch=settings.prefetch,
-            pass_bytes=sum(3 * settings.image_size**2 * len(one.indices) for one in first),
+            pass_bytes=sum(3 * largest**2 * len(one.indices) for one in first),
             where=f"data.name {settings.name}",
             keep=self._validates,
             pin=self._device.type == "cuda",

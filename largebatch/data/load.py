@@ -15,7 +15,7 @@ from largebatch.data.memory import MemorySource
 from largebatch.data.operations import make_operations
 from largebatch.data.own import PARTS, call_own, check_tensors, is_tensors, own_classes
 from largebatch.data.pictures import describe
-from largebatch.data.settings import FROM_FILES, DataSettings
+from largebatch.data.settings import FROM_FILES, SIZES_OF_FILES, DataSettings
 from largebatch.data.shards import ShardPictures
 from largebatch.data.source import ImageSource
 from largebatch.data.synthetic import make_split
@@ -60,6 +60,8 @@ def _in_memory(
     how = settings.augmentation
     if how.kind == "resized_crop":
         raise ConfigError("data.augmentation.kind: resized_crop is for image files; here: crop or none")
+    if settings.other_sizes:
+        raise ConfigError(f"data: {SIZES_OF_FILES}; {settings.name} has images of one size")
     if train[0].shape[1] not in (1, 3) and (how.auto_augment != "none" or how.color_jitter):
         raise ConfigError(
             "data.augmentation: auto_augment and color_jitter are for images of 1 or 3 channels, and these have "

@@ -13,9 +13,12 @@ IN_MEMORY = ("fashion-mnist", "mnist", "cifar10", "digits", "synthetic")
 FROM_FILES = ("imagefolder", "imagenet", "shards")
 NAMES = (*IN_MEMORY, *FROM_FILES)
 
+SIZES_OF_FILES = "val_image_size and progressive_resizing are for image files"
+
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 Jitter = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=4, max_length=4)]
+Stage = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=2, max_length=2)]
 Channels = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
 
 
@@ -121,9 +124,16 @@ class DataSettings(Section):
     image_size: PositiveInt = 224
     """Image files: height and width of the crop that the model sees."""
 
+    progressive_resizing: list[Stage] = Field(default=[])
+    """Image files, training: [epoch, pixels] in order; from that epoch on, counted from 0, the crop has so many pixels
+    instead of `image_size`."""
+
+    val_image_size: PositiveInt | None = None
+    """Image files, validation: height and width of the centre crop; null: `image_size`."""
+
     resize_size: PositiveInt | None = None
     """Image files, validation: the short side is resized to this before the centre crop; null: in the proportion of 256
-    to 224 to `image_size`."""
+    to 224 to the crop."""
 
     mean: PerChannel | None = None
     """Mean of each channel in [0, 1], instead of the set's own."""
@@ -182,8 +192,17 @@ class DataSettings(Section):
             raise ValueError(f"augmentation.kind {kind} is for sets in memory; {self.name}: resized_crop or none")
         if self.multi_label and ":" not in self.name:
             raise ValueError(f"multi_label is for a set of your own; {self.name} has one class for each image")
-        if self.short_side < self.image_size:
-            raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
+        if self.name in IN_MEMORY and self.other_sizes:
+            raise ValueError(f"{SIZES_OF_FILES}; {self.name} has images of one size")
+        if self.short_side < self.val_size:
+            key = "val_image_size" if self.val_image_size else "image_size"
+            raise ValueError(f"resize_size {self.resize_size} is less than {key} {self.val_size}")
+        epochs = [epoch for epoch, _ in self.progressive_resizing]
+        if epochs != sorted(set(epochs)) or any(size < 1 for _, size in self.progressive_resizing):
+            raise ValueError(
+                f"progressive_resizing {self.progressive_resizing}: needs [epoch, pixels] with growing epochs and at "
+                "least 1 pixel"
+            )
         for key, values, smallest in (("mean", self.mean, 0.0), ("std", self.std, 1e-6)):
             if any(not smallest <= value <= 1 for value in values or []):
                 raise ValueError(
@@ -193,6 +212,33 @@ class DataSettings(Section):
         return self
 
     @property
+    def val_size(self) -> int:
+        """Height and width of a validation image."""
+        return self.val_image_size or self.image_size
+
+    @property
     def short_side(self) -> int:
         """Pixels of a validation image's short side before the centre crop."""
-        return self.resize_size or round(self.image_size * 256 / 224)
+        return self.short_side_of(self.val_size)
+
+    def short_side_of(self, size: int) -> int:
+        """The same before a centre crop of another `size`: without augmentation, training images have one too."""
+        return self.resize_size if self.resize_size and size == self.val_size else round(size * 256 / 224)
+
+    def train_size(self, epoch: int) -> int:
+        """Height and width of a training image in `epoch`."""
+        return next((size for start, size in reversed(self.progressive_resizing) if epoch >= start), self.image_size)
+
+    @property
+    def other_sizes(self) -> list[int]:
+        """All that a model sees beside `image_size`."""
+        return sorted({self.val_size, *(size for _, size in self.progressive_resizing)} - {self.image_size})
+
+    @property
+    def largest_train_size(self) -> int:
+        return max([self.image_size, *(size for _, size in self.progressive_resizing)])
+
+    @property
+    def of_one_size(self) -> DataSettings:
+        """The same without progressive resizing, for what measures a few steps only."""
+        return self.model_copy(update={"progressive_resizing": []})

@@ -81,7 +81,7 @@ def _demand(config: Config, ranks: int) -> Demand:
     if not throughput.reads_files(config):
         return Demand(ranks=ranks, threads=config.execution.threads)
     data = config.data
-    image = 3 * data.image_size**2  # bytes, as a loader process hands it over: uint8
+    image = 3 * data.largest_train_size**2  # bytes, as a loader process hands it over: uint8
     return Demand(
         ranks=ranks,
         threads=config.execution.threads,
@@ -92,7 +92,7 @@ def _demand(config: Config, ranks: int) -> Demand:
 
 def _try_config(config: Config, alone: Ranks) -> tuple[int, Finding]:
     """Bytes of the checkpoints that will be on disk at once; and how the loader and the model go together."""
-    source, _ = load(config.data, seed=config.seed, device=alone.device)
+    source, _ = load(config.data.of_one_size, seed=config.seed, device=alone.device)
     state = build_model(config, source, alone).state_dict()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     checkpoints = 2 * weights * (config.checkpoint.keep + 1)  # each holds the momentum too
