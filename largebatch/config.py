@@ -81,10 +81,15 @@ class Config(Section):
             raise ValueError(
                 f"execution.workers_per_pass {m} does not divide batch.virtual_workers {k}; choose one that does"
             )
+        if self.batch.backup_workers % m:
+            raise ValueError(
+                f"execution.workers_per_pass {m} does not divide batch.backup_workers {self.batch.backup_workers}; "
+                "choose one that does"
+            )
         if self.logging.noise_scale_every_steps and self.batch.drops:
             raise ValueError(
-                "logging.noise_scale_every_steps compares all passes of a step, and batch.deadline may leave some out; "
-                "set it to 0, or no deadline"
+                "logging.noise_scale_every_steps compares all passes of a step, and batch.deadline and backup_workers "
+                "leave some out; set it to 0, or drop no workers"
             )
         if self.logging.noise_scale_every_steps and (k == m or self.execution.reduction != "reproducible"):
             raise ValueError(

@@ -91,7 +91,7 @@ def make_plan(
     With `resize`, `config` has the k from there on; steps are counted from the run's start.
     """
     batch = config.batch
-    workers = deal_equally(batch.virtual_workers, config.execution.workers_per_pass, world_size).workers_on_rank()
+    workers = deal_equally(batch.dealt_workers, config.execution.workers_per_pass, world_size).workers_on_rank()
     order = make_order(config, train_images, resize)
     schedule = run_schedule(config, order, resize)
     from_files = config.data.name in FROM_FILES
@@ -101,7 +101,7 @@ def make_plan(
         virtual_workers=batch.virtual_workers,
         workers_per_rank=batch.workers_per_rank,
         images_per_worker=batch.images_per_worker,
-        global_batch=order.global_batch,
+        global_batch=batch.global_batch,
         workers_per_pass=config.execution.workers_per_pass,
         workers_on_rank=workers,
         images_on_rank=[count * batch.images_per_worker for count in workers],
@@ -139,7 +139,7 @@ def make_plan(
 
 def make_order(config: Config, train_images: int, resize: Resize | None = None) -> EpochOrder:
     """The order of the training images. Raises ConfigError if a minibatch is larger than the set."""
-    k, n, shuffle = config.batch.virtual_workers, config.batch.images_per_worker, config.batch.shuffle
+    k, n, shuffle = config.batch.dealt_workers, config.batch.images_per_worker, config.batch.shuffle
     repeats = config.data.augmentation.repeats
     if resize is not None:
         return ResizedOrder(train_images, k, n, config.seed, repeats=repeats, resize=resize)
@@ -149,7 +149,7 @@ def make_order(config: Config, train_images: int, resize: Resize | None = None) 
 def run_schedule(config: Config, order: EpochOrder, resize: Resize | None = None) -> Schedule:
     """The schedule of a run in this order of images."""
     settings = config.schedule
-    recipe = make_schedule(settings, global_batch=order.global_batch, steps_per_epoch=order.steps_per_epoch)
+    recipe = make_schedule(settings, global_batch=config.batch.global_batch, steps_per_epoch=order.steps_per_epoch)
     if resize is None:
         return recipe
     return resized_schedule(recipe, resize, round(settings.resize_ramp_epochs * order.steps_per_epoch))

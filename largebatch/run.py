@@ -19,6 +19,7 @@ from largebatch.data.mixing import Mixing
 from largebatch.data.own import PARTS
 from largebatch.data.source import ImageSource
 from largebatch.data.source import describe as describe_data
+from largebatch.distributed.counter import StepCounter
 from largebatch.distributed.environment import Launch, Ranks, connect
 from largebatch.distributed.kernels import allow_tf32, describe_device
 from largebatch.distributed.roll_call import name_lost_ranks
@@ -37,7 +38,7 @@ from largebatch.training.averaging import WeightAverage
 from largebatch.training.checkpoint import CheckpointFolder, deserialise
 from largebatch.training.dealing import ReplayedDeals
 from largebatch.training.delays import Delays
-from largebatch.training.gates import Deadline
+from largebatch.training.gates import Deadline, Enough
 from largebatch.training.loss import make_loss
 from largebatch.training.optimizer import make_optimizer
 from largebatch.training.precision import make_autocast, slow_precision
@@ -112,7 +113,7 @@ def _check_before_start(
     if resume == "auto":
         folder.check_config(config)
     if resume == "never" or not folder.has_checkpoints:  # else k may have been rescaled
-        deal = deal_equally(config.batch.virtual_workers, config.execution.workers_per_pass, launch.world_size)
+        deal = deal_equally(config.batch.dealt_workers, config.execution.workers_per_pass, launch.world_size)
         if recorded is not None:
             ReplayedDeals(deal, recorded.passes, recorded.absent)
 
@@ -266,7 +267,7 @@ def make_trainer(
     virtual = VirtualWorkers(
         model,
         ranks,
-        virtual_workers=config.batch.virtual_workers,
+        virtual_workers=config.batch.dealt_workers,
         workers_per_pass=execution.workers_per_pass,
         reduction=execution.reduction,
         batchnorm_momentum=config.batchnorm.momentum,
@@ -283,6 +284,8 @@ def make_trainer(
         virtual.delays = Delays(execution.delays, ranks.rank)
     if config.batch.deadline is not None:
         virtual.gate = Deadline(config.batch.deadline)
+    elif config.batch.backup_workers:
+        virtual.gate = Enough(config.batch.virtual_workers // execution.workers_per_pass, StepCounter(ranks))
     loss = make_loss(
         config.loss,
         classes=train_source.classes,
@@ -309,6 +312,7 @@ def make_trainer(
         loss_factor=config.batch.virtual_workers if config.batch.loss_mean_over == "images_per_worker" else 1.0,
         loss=loss,
         mix=Mixing(how, classes=train_source.classes, seed=config.seed) if how.mixes else None,
+        backup_workers=config.batch.backup_workers,
         precise_steps=config.batchnorm.precise_steps if config.batchnorm.statistics == "precise" else 0,
     )
 

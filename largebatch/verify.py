@@ -69,7 +69,7 @@ def verify(config: Config, steps: int, launch: Launch, run_dir: Path) -> None:
             f"execution.reduction: {execution.reduction} is equal up to rounding only, so no bits can be compared; "
             "verify needs reproducible"
         )
-    deal_equally(config.batch.virtual_workers, execution.workers_per_pass, launch.world_size)
+    deal_equally(config.batch.dealt_workers, execution.workers_per_pass, launch.world_size)
     # Images are decoded in the process itself, since each step asks for those of another deal; fewer ranks have several
     # passes, which a static graph does not allow. Neither changes a number.
     data = config.data.model_copy(update={"loader_processes": 0})

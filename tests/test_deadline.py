@@ -19,9 +19,10 @@ from run_folders import DIGITS, SMALL, Outcome, call, call_on, saved_steps, summ
 from torch import Tensor, nn
 
 from largebatch.cli import main
+from largebatch.distributed.counter import StepCounter
 from largebatch.distributed.environment import Launch, connect
 from largebatch.recipe.batch import DeadlineSettings, Deal, deal_equally, deal_without
-from largebatch.training.gates import Deadline
+from largebatch.training.gates import Deadline, Enough
 from largebatch.training.stragglers import Pace
 from largebatch.training.virtual_workers import VirtualWorkers
 
@@ -143,6 +144,30 @@ def test_a_deadline_is_a_share_over_the_usual_time_or_seconds() -> None:
     assert not slack.pass_done()
 
 
+def _dropped_by_count(launch: Launch) -> list[int]:
+    """How many of 3 + 3 workers arrive when 3 are enough."""
+    with connect(launch, device="cpu") as ranks:
+        virtual = VirtualWorkers(model(), ranks, virtual_workers=6, batchnorm_momentum=MOMENTUM, drops=True)
+        virtual.gate = Enough(3, StepCounter(ranks))
+        counts = []
+        for step in range(STEPS):
+            with virtual.step(step) as passes:
+                for workers in passes:
+                    images, labels = batch(step, workers.start)
+                    virtual.backward(F.cross_entropy(virtual(images), labels))
+            counts.append(int(virtual.arrived.sum()))
+        return counts
+
+
+def test_with_backup_workers_no_pass_starts_once_enough_are_done() -> None:
+    assert run_ranks(_dropped_by_count, 1) == [[3] * STEPS]
+    # Two ranks: the pass that the other is in when the third is done may still arrive, and each has one at least.
+    first, second = run_ranks(_dropped_by_count, 2)
+    assert first == second
+    assert first[:2] == [6, 6]
+    assert all(3 <= count <= 4 for count in first[2:])
+
+
 # A pass takes longer than the deadline, so a rank's second one is never started.
 DROPS = ["batch.deadline.seconds=0.01", "execution.delays.seconds=0.02"]
 
@@ -191,6 +216,20 @@ def test_a_recorded_run_is_replayed_on_any_ranks_and_after_a_kill(recorded: Path
             assert outcome.status == 0, outcome.err
         assert summary(folder)["weights_sha256"] == summary(recorded)["weights_sha256"]
         assert json.loads((folder / "arrivals.json").read_text())["absent"] == absent
+
+
+def test_a_run_with_backup_workers_is_replayed_without_them(tmp_path: Path) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    backup = ["batch={virtual_workers: 5, backup_workers: 3, images_per_worker: 8}", "execution.delays.seconds=0.01"]
+    for outcome in call_on(2, "train", DIGITS, *SMALL, *backup, "--run-dir", run):
+        assert outcome.status == 0, outcome.err
+    absent = json.loads((run / "arrivals.json").read_text())["absent"]
+    assert absent
+    # All three are backups; a pass that the other rank is in when the fifth is done still arrives.
+    assert all(2 <= len(leaves.split()) <= 3 for leaves in absent.values())
+    assert summary(run)["global_batch"] == 5 * 8
+    assert replay(run, again, 1)[0].status == 0
+    assert summary(again)["weights_sha256"] == summary(run)["weights_sha256"]
 
 
 def test_what_cannot_be_replayed_is_refused(recorded: Path, tmp_path: Path) -> None:

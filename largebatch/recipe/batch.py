@@ -52,6 +52,10 @@ class BatchSettings(Section):
     """A rank that is past it starts no further pass in a step, which then is the mean over the workers that arrived
     (docs/stragglers.md). Which did is recorded, and `train --replay` repeats it."""
 
+    backup_workers: int = Field(0, ge=0)
+    """b: so many workers more than k are dealt, and when k of them have finished, no rank starts another pass (Chen et
+    al. 2016, docs/stragglers.md). The step is the mean over those that arrived, and is recorded as with `deadline`."""
+
     @model_validator(mode="before")
     @classmethod
     def _one_of_two(cls, values: Any) -> Any:
@@ -78,15 +82,23 @@ class BatchSettings(Section):
         if self.on_resize == "rescale" and (self.shuffle, self.loss_mean_over) != ("once", "global_batch"):
             raise ValueError("on_resize rescale needs shuffle: once and loss_mean_over: global_batch")
         if self.on_resize == "rescale" and self.drops:
+            raise ValueError("on_resize rescale is not for runs with a deadline or backup_workers; set keep")
+        if self.backup_workers and (self.deadline or self.workers_per_rank or self.loss_mean_over != "global_batch"):
             raise ValueError(
-                "on_resize rescale changes the workers whose arrival is recorded; set keep, or no deadline"
+                f"backup_workers {self.backup_workers} is not for runs with a deadline, workers_per_rank or "
+                "loss_mean_over: images_per_worker; set one of them"
             )
         return self
 
     @property
     def drops(self) -> bool:
         """Whether workers of a step may be left out."""
-        return self.deadline is not None
+        return self.deadline is not None or self.backup_workers > 0
+
+    @property
+    def dealt_workers(self) -> int:
+        """k + b: virtual workers that the ranks run in a step where nothing is dropped."""
+        return self.virtual_workers + self.backup_workers
 
     @property
     def global_batch(self) -> int:

@@ -1,4 +1,4 @@
-"""When a step has waited long enough for its workers: `batch.deadline`."""
+"""When a step has waited long enough for its workers: `batch.deadline`, `batch.backup_workers`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from largebatch.distributed.counter import StepCounter
 from largebatch.recipe.batch import DeadlineSettings, Deal
 from largebatch.training.stragglers import Pace
 
@@ -52,3 +53,22 @@ class Deadline:
     def learn(self, pace: Pace) -> None:
         """See `Gate`: the median over ranks of a pass's seconds, waiting for data included."""
         self._paces.append(statistics.median(pace.of_a_pass_with_data))
+
+
+class Enough:
+    """Closed from when all ranks together have done enough passes of a step (backup workers of Chen et al. 2016)."""
+
+    def __init__(self, passes: int, counter: StepCounter) -> None:
+        self._passes, self._counter, self._step = passes, counter, 0
+
+    def begin_step(self, step: int, deal: Deal) -> None:
+        """See `Gate`."""
+        self._step = step
+        self._counter.begin(step)
+
+    def pass_done(self) -> bool:
+        """See `Gate`."""
+        return self._counter.add(self._step) < self._passes
+
+    def learn(self, pace: Pace) -> None:
+        """See `Gate`; no clock counts here."""

@@ -108,6 +108,8 @@ class Trainer:
     """What is minimised."""
     mix: Mixing | None = None
     """Blends the images of each virtual worker (mixup, CutMix)."""
+    backup_workers: int = 0
+    """How many of the order's workers are beyond the k of the recipe."""
     precise_steps: int = 0
     """Steps over which BatchNorm's statistics are recomputed before an evaluation; 0 for the running ones."""
     step: int = 0
@@ -364,7 +366,7 @@ class Trainer:
             "train/loss": loss / counted if counted else math.nan,
             "train/top1_error": 100.0 * wrong / images if counted else math.nan,
             "lr": self.schedule.lr_at(self.step - 1),
-            "global_batch": self.order.global_batch,
+            "global_batch": self.order.global_batch - self.backup_workers * self.order.images_per_worker,
             "images_per_second": (self.order.global_batch - dropped_images / interval.steps) / timing.step,
             "data_wait": timing.data_wait,
             **compute,
@@ -561,7 +563,7 @@ class Trainer:
             "seconds": self.seconds,
             "images_per_second": images / self.train_seconds,
             "world_size": self.ranks.world_size,
-            "global_batch": self.order.global_batch,
+            "global_batch": self.order.global_batch - self.backup_workers * self.order.images_per_worker,
             "peak_lr": self.schedule.peak_lr,
             **({"skipped_images": int(skipped)} if skipped else {}),
             **({"skipped_train_images": skipped_train} if skipped_train else {}),

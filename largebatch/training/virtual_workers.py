@@ -107,7 +107,7 @@ class VirtualWorkers:
         """Boolean, [passes], on the device: which passes of the newest step arrived; empty without `drops`."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.reduction = REDUCTIONS[reduction](parameters, self._leaves, compression)
-        self._exchange = GradientExchange(parameters, self.reduction, BackendAllReduce(ranks), on_last=self._only_wait)
+        self._exchange = GradientExchange(parameters, self.reduction, BackendAllReduce(ranks), on_last=self._last_sent)
         self._noise_images = noise_images
         self._probe = NoiseProbe(ranks, leaves=self._leaves, parameters=len(parameters)) if noise_images else None
         self._wrapped: nn.Module = model
@@ -274,6 +274,11 @@ class VirtualWorkers:
         with torch.autocast(self._ranks.device.type, enabled=False):
             share.backward()
         self.own_compute.pause()
+
+    def _last_sent(self) -> None:
+        self._only_wait()
+        if self.gate is not None:
+            self.gate.pass_done()  # here, because backward returns when the others are done too
 
     def _only_wait(self) -> None:
         self.own_compute.pause()
