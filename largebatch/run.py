@@ -72,7 +72,7 @@ def train(
             ranks,
         )
         finished = ranks.from_main(lambda: folder.open(stack, restart=resume == "never"))
-        return finished or _train_connected(config, folder, name, ranks, stop_request, recorded)
+        return _followed_recipe(finished or _train_connected(config, folder, name, ranks, stop_request, recorded))
 
 
 def connect_ranks(
@@ -333,10 +333,7 @@ def unsaved_trainer(config: Config, ranks: Ranks, sources: tuple[ImageSource, Im
 
 
 def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
-    """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end.
-
-    Raises HealthError, after that, if more than half of its updates were skipped.
-    """
+    """Write `model.pt`, `summary.json` and `curves.png` of a run that has come to its end."""
     weights, averages = trainer.evaluated_weights(), None
     summary = trainer.summary() | {"weights_sha256": digest_of(weights)}
     if trainer.average:
@@ -346,9 +343,15 @@ def _finish(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> dict[str, Any]
     if trainer.virtual.drops:
         ranks.from_main(lambda: folder.write_arrivals(trainer.virtual.deal.leaves, trainer.absent))
     ranks.from_main(lambda: folder.write_end(weights, averages, summary, warn=_warn))
-    if 2 * trainer.skipped_steps > trainer.step:
+    return summary
+
+
+def _followed_recipe(summary: dict[str, Any]) -> dict[str, Any]:
+    """`summary`, unless more than half of the updates were skipped, also in an earlier process: HealthError."""
+    skipped, steps = summary.get("skipped_steps", 0), summary.get("steps", 0)
+    if 2 * skipped > steps:
         raise HealthError(
-            f"{trainer.skipped_steps} of {trainer.step} updates were skipped, since they were not finite: this run "
-            "has not followed its recipe. Lower schedule.reference_lr, warm up longer, or look at the images"
+            f"{skipped} of {steps} updates were skipped, since they were not finite: this run has not followed its "
+            "recipe. Lower schedule.reference_lr, warm up longer, or look at the images"
         )
     return summary

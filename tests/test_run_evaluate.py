@@ -162,8 +162,14 @@ def test_other_data_are_refused_on_resume_and_in_evaluation(folder: Path) -> Non
     image = folder / "set/train/cat/0.jpg"
     image.write_bytes(image.read_bytes() + b" ")
     outcome = call(*command)
-    assert "files of the training set have different names or sizes" in outcome.err
+    assert "files of the training set have different names or sizes: cat/0.jpg has changed. " in outcome.err
     assert "data.on_change=accept" in outcome.err
+    (folder / "set/val/dog/0.jpg").rename(folder / "set/val/dog/5.jpg")
+    (folder / "set/train/dog/7.jpg").rename(folder / "set/dog7")
+    outcome = call(*command)
+    assert "the training set had 16 images, now 15 (cat/0.jpg has changed, dog/7.jpg is gone)" in outcome.err
+    assert "the validation set have different names or sizes: dog/0.jpg is gone, dog/5.jpg is new. " in outcome.err
+    (folder / "set/dog7").rename(folder / "set/train/dog/7.jpg")
     assert call(*command, "data.on_change=accept").status == 0
 
 

@@ -37,6 +37,7 @@ from largebatch.errors import DataError
 from largebatch.wording import reason
 
 _log = logging.getLogger(__name__)
+_LISTED = 1_000
 _SKIPPED_IN_A_ROW = 100  # more than this is not a bad image but a failed disk
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
              ".gif", ".avif")  # fmt: skip
@@ -56,6 +57,10 @@ class Pictures(Protocol):
 
     def fingerprint(self) -> str:
         """See `ImageSource.fingerprint`."""
+        ...
+
+    def listing(self) -> str:
+        """See `ImageSource.listing`."""
         ...
 
     def name(self, index: int) -> str:
@@ -96,6 +101,20 @@ class FolderPictures:
                 hashed.update(b"%d\n" % os.stat(self.name(index)).st_size)
         return hashed.hexdigest()
 
+    def listing(self) -> str:
+        """Names and sizes of at most 1,000 files, else a hash of the names in each class; a blank separates the two."""
+        files = [os.fsdecode(name) for name in self._files.tolist()]
+        if len(files) <= _LISTED:
+            paths = [os.path.join(self._folder, file) for file in files]
+            return "\n".join(
+                f"{file} {os.path.getsize(path) if os.path.exists(path) else 'unreadable'}"
+                for file, path in zip(files, paths, strict=True)
+            )
+        found: dict[str, Any] = {}
+        for file in self._files.tolist():
+            found.setdefault(os.fsdecode(file.partition(b"/")[0]), hashlib.sha256()).update(file + b"\n")
+        return "\n".join(f"{name}/ {hashed.hexdigest()[:8]}" for name, hashed in found.items())
+
     def file(self, index: int) -> bytes:
         """A file's name below the folder."""
         return bytes(self._files[index])
@@ -135,6 +154,9 @@ class DatasetPictures:
     def fingerprint(self) -> str:
         """Of the number of images alone: all else is the dataset's own."""
         return str(self._count)
+
+    def listing(self) -> str:
+        return ""
 
     def name(self, index: int) -> str:
         return f"{self._where}, image {index}"
@@ -289,6 +311,10 @@ class PictureSource:
     def fingerprint(self) -> str:
         """See `ImageSource.fingerprint`."""
         return self._pictures.fingerprint()
+
+    def listing(self) -> str:
+        """See `ImageSource.listing`."""
+        return self._pictures.listing()
 
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""

@@ -62,6 +62,10 @@ class MemorySource:
         labels = self.labels.long().view(self.images, -1).T
         return hashlib.sha256(torch.cat([labels, sums[None]]).cpu().numpy().tobytes()).hexdigest()
 
+    def listing(self) -> str:
+        """None: see `ImageSource.listing`."""
+        return ""
+
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """See `ImageSource.stream`."""
         for epoch, indices in passes:

@@ -95,7 +95,7 @@ class _Part:
         names = [self._pictures.file(index) for index in range(len(self._pictures))]
         shards = [_shard_name(number) for number in range(len(firsts))]
         write_index(self._folder, self._pictures.class_names, shards, np.concatenate(entries), names, plan)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # the pack is whole; NFS keeps a file that somebody still reads
         self._report(f"{self._folder}: {len(names):,} images in {len(shards):,} shards, read back and compared")
 
     def _plan(self) -> dict[str, Any]:

@@ -90,6 +90,10 @@ class ShardPictures:
             hashed.update(b"%d\n" % self._entries["source_size"][self._place(index)])
         return hashed.hexdigest()
 
+    def listing(self) -> str:
+        """None: see `ImageSource.listing`."""
+        return ""
+
     def name(self, index: int) -> str:
         place = self._place(index)
         shard = self._shards[self._entries["shard"][place]]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from largebatch.wording import some
+
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 """Images (float32 [n, C, H, W], normalised, on the device) and labels (int64 [n], or with `data.multi_label` 0 and 1,
 float32 [n, classes]); `close` it when done."""
@@ -45,6 +47,10 @@ class ImageSource(Protocol):
         """A hash of what the set holds and in which order, as far as is known without reading every file."""
         ...
 
+    def listing(self) -> str:
+        """What the fingerprint is of, for messages: a line for each file, or each class if they are many; or empty."""
+        ...
+
     def stream(self, passes: Iterable[Pass], *, augment: bool) -> Batches:
         """One (float32 [n, C, H, W], int64 [n]) for each pass, in order; `passes` may be endless.
 
@@ -56,7 +62,9 @@ class ImageSource(Protocol):
 
 def describe(source: ImageSource) -> dict[str, Any]:
     """What tells a data set from another: plain values for checkpoints and run folders."""
-    return {"images": source.images, "class_names": list(source.class_names), "fingerprint": source.fingerprint()}
+    found = {"images": source.images, "class_names": list(source.class_names), "fingerprint": source.fingerprint()}
+    listing = source.listing()
+    return found | ({"listing": listing} if listing else {})
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], part: str) -> str:
@@ -68,6 +76,18 @@ def changes(before: dict[str, Any], now: dict[str, Any], part: str) -> str:
         )
         names = [repr(names[odd]) if odd < len(names) else "none" for names in (old, new)]
         return f"the {part} has different classes: number {odd} was {names[0]}, now {names[1]}"
+    if before["fingerprint"] == now["fingerprint"]:
+        return ""
+    named = _changed_files(before.get("listing", ""), now.get("listing", ""))
     if before["images"] != now["images"]:
-        return f"the {part} had {before['images']} images, now {now['images']}"
-    return f"files of the {part} have different names or sizes" if before["fingerprint"] != now["fingerprint"] else ""
+        return f"the {part} had {before['images']} images, now {now['images']}" + f" ({named})" * bool(named)
+    return f"files of the {part} have different names or sizes" + f": {named}" * bool(named)
+
+
+def _changed_files(before: str, now: str) -> str:
+    """The first lines of `ImageSource.listing` that differ, in words; empty if either is."""
+    if not before or not now:
+        return ""
+    old, new = (dict(line.rsplit(" ", 1) for line in text.splitlines()) for text in (before, now))
+    odd = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    return some([f"{n} {'is new' if n not in old else 'is gone' if n not in new else 'has changed'}" for n in odd])
