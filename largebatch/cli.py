@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -490,11 +491,17 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
+_SECONDS_TO_SPEAK = 5.0
+
+
 def program() -> NoReturn:
     """`main` as a process of its own, which waits for no rank that hangs, nor lets NCCL wait, once it has failed."""
     status = main()
     if status != EXIT_OK and _from_launcher("RANK", "SLURM_PROCID") is not None:
         sys.stdout.flush()
+        if status == EXIT_USER_INPUT and _from_launcher("LOCAL_RANK", "SLURM_LOCALID") != "0":
+            # A launcher ends all ranks once one has failed, perhaps before the one that says why has said it.
+            time.sleep(_SECONDS_TO_SPEAK)
         os._exit(status)
     sys.exit(status)
 
