@@ -356,6 +356,9 @@ def data_pack(
     dest: Annotated[Path, typer.Argument(metavar="DEST", parser=folder_name, help="Folder for the shards.")],
     jobs: Annotated[int | None, typer.Option(min=1, help="Shards at a time.  [default: the cores]")] = None,
     images_per_shard: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 4096,
+    restart_markers: Annotated[
+        bool, typer.Option("--restart-markers", help="Code JPEGs anew, without loss, to read crops faster.")
+    ] = False,
 ) -> None:
     """Pack a folder of images into tar shards with an index (data.name: shards); the same command resumes.
 
@@ -363,7 +366,14 @@ def data_pack(
     """
     from largebatch.data.pack import pack
 
-    pack(source, dest, jobs=jobs or _cores(), images_per_shard=images_per_shard, report=_say)
+    pack(
+        source,
+        dest,
+        jobs=jobs or _cores(),
+        images_per_shard=images_per_shard,
+        restart_markers=restart_markers,
+        report=_say,
+    )
 
 
 @data_app.command("index")

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from largebatch.data.jpeg import decode_top, find_frame
+from largebatch.data.jpeg import decode_box, find_frame, segments_of
 from largebatch.data.pictures import (
     CROP_DRAWS,
     ArrayPicture,
@@ -113,20 +113,31 @@ def test_validation_view_is_torchvisions(width, height):
     assert difference.max() <= 2
 
 
-@pytest.mark.parametrize("subsampling", [0, 1, 2])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 2}])
-def test_the_top_of_a_jpeg_is_bit_for_bit_that_of_the_whole(subsampling, options):
+@pytest.mark.parametrize("size", [(203, 151), (320, 64), (41, 97)])
+@pytest.mark.parametrize("subsampling", [0, 1, 2, None])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_rows": 2}, {"restart_marker_blocks": 1}]
+)
+def test_a_part_of_a_jpeg_is_bit_for_bit_that_of_the_whole(size, subsampling, options):
+    """Of grey ones (None) too; a marker after each MCU makes the most segments that there can be."""
     pytest.importorskip("simplejpeg")
-    data = jpeg_bytes(smooth_picture(203, 151), subsampling=subsampling, **options)
-    whole = np.asarray(Image.open(io.BytesIO(data)))
+    width, height = size
+    picture = smooth_picture(width, height)
+    if subsampling is None:
+        data = jpeg_bytes(picture.convert("L"), **options)
+    else:
+        data = jpeg_bytes(picture, subsampling=subsampling, **options)
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     frame = find_frame(data)
-    assert frame is not None
-    assert (frame.height, frame.width) == (151, 203)
-    assert (frame.height_at is not None) == (not options)
-    for rows in (1, 7, 16, 50, 100, 142, 143, 151):
-        top = decode_top(data, frame, rows)
-        assert len(top) >= rows
-        assert np.array_equal(top[:rows], whole[:rows])
+    assert (frame.height, frame.width) == (height, width)
+    assert (frame.scan_at > 0) == ("progressive" not in options)
+    assert (segments_of(frame) is not None) == any("restart" in name for name in options)
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        top, left = (int(random.integers(side)) for side in (height, width))
+        box = (top, left, int(random.integers(height - top)) + 1, int(random.integers(width - left)) + 1)
+        part = decode_box(data, frame, box)
+        assert np.array_equal(part, whole[top : top + box[2], left : left + box[3]])
 
 
 def test_grey_cmyk_and_other_formats_become_rgb(tmp_path):
@@ -141,10 +152,10 @@ def test_grey_cmyk_and_other_formats_become_rgb(tmp_path):
         path = tmp_path / name
         picture.convert(mode).save(path)
         opened = open_picture(str(path))
-        pixels = opened.top(48)
+        pixels = opened.crop((0, 0, 48, 64))
         assert pixels.shape == (48, 64, 3)
         assert np.abs(pixels - expected).mean() <= worst, name
     picture.convert("L").save(tmp_path / "grey.jpg", quality=95)
-    grey = open_picture(str(tmp_path / "grey.jpg")).top(48)
+    grey = open_picture(str(tmp_path / "grey.jpg")).crop((0, 0, 48, 64))
     assert np.array_equal(grey[..., 0], grey[..., 2])
     assert np.abs(grey[..., 0] - np.asarray(picture.convert("L")).astype(int)).mean() < 2

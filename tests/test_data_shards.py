@@ -21,9 +21,11 @@ import torch
 from ranks import run_ranks
 from run_folders import Outcome, call, summary, tensor_hashes
 from test_data_faults import truncate
-from test_data_pictures import smooth_picture
+from test_data_pictures import jpeg_bytes, smooth_picture
 
+from largebatch.data import jpeg
 from largebatch.data.catalog import IMAGENET_MEAN, IMAGENET_STD
+from largebatch.data.jpegtran import with_restart_markers
 from largebatch.data.load import load
 from largebatch.data.pack import pack
 from largebatch.data.pictures import open_picture, validation_view
@@ -87,13 +89,17 @@ def _as_rank_with_loaders(_: Launch, command: list[str]) -> Outcome:
 
 
 def test_training_gives_the_folders_bits(made: Path) -> None:
-    """From the folder on one rank, shards on one and three, with loaders and without; damaged files are skipped."""
+    """From the folder on one rank, shards (with restart markers too) on one and three; damaged files are skipped."""
     from_shards = ["data.name=shards", f"data.root={made / 'shards'}"]
     runs = {
         "folder": (1, []),
         "shards-1": (1, [*from_shards, "data.loader_processes=2"]),
         "shards-3": (3, [*from_shards, "data.loader_processes=1"]),
     }
+    if shutil.which("jpegtran"):
+        pack(made / "set", made / "marked", jobs=2, images_per_shard=9, restart_markers=True, report=print)
+        marked = ["data.name=shards", f"data.root={made / 'marked'}"]
+        runs |= {"marked-1": (1, marked), "marked-3": (3, [*marked, "data.loader_processes=1"])}
     for name, (ranks, overrides) in runs.items():
         command = ["train", str(made / "config.yaml"), "--run-dir", str(made / name), *overrides]
         for done in [call(*command)] if ranks == 1 else run_ranks(_as_rank_with_loaders, ranks, command):
@@ -106,6 +112,39 @@ def test_training_gives_the_folders_bits(made: Path) -> None:
     # The fingerprint is the same too, so a run on the folder is evaluated on the shards without further words.
     done = call("evaluate", made / "folder", *from_shards)
     assert done.status == 0, done.err
+
+
+@pytest.mark.skipif(shutil.which("jpegtran") is None, reason="jpegtran (libjpeg-turbo-progs) is not on this machine")
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("width", [184, 192, 500])  # 184 pixels are 23 MCUs, a prime, or 12
+def test_restart_markers_let_a_box_be_decoded_alone_to_the_same_pixels(subsampling: int, width: int) -> None:
+    data = jpeg_bytes(smooth_picture(width, 100), subsampling=subsampling)
+    whole, marked = jpeg.simplejpeg.decode_jpeg(data), with_restart_markers(data)
+    frame = jpeg.find_frame(marked)
+    assert frame is not None
+    assert jpeg.segments_of(frame) is not None
+    assert np.array_equal(jpeg.simplejpeg.decode_jpeg(marked), whole)
+    draw = np.random.default_rng(0)
+    for _ in range(40):
+        height, across = draw.integers(1, 101), draw.integers(1, width + 1)
+        top, left = draw.integers(0, 101 - height), draw.integers(0, width + 1 - across)
+        part = jpeg.decode_box(marked, frame, (int(top), int(left), int(height), int(across)))
+        assert np.array_equal(part, whole[top : top + height, left : left + across])
+
+
+@pytest.mark.skipif(shutil.which("jpegtran") is None, reason="jpegtran (libjpeg-turbo-progs) is not on this machine")
+def test_what_cannot_get_restart_markers_stays_as_it_is() -> None:
+    data = jpeg_bytes(smooth_picture(192, 100))
+    for odd in (b"", data[:-100], b"text", data[:300]):
+        assert with_restart_markers(odd) == odd
+
+
+def test_restart_markers_need_jpegtran(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    done = call("data", "pack", made / "set", tmp_path / "p", "--restart-markers")
+    assert done.status == 2
+    assert "--restart-markers: jpegtran is not on this machine; install" in done.err
+    assert not (tmp_path / "p").exists()
 
 
 def test_a_limit_takes_the_images_that_it_takes_of_the_folder(made: Path) -> None:

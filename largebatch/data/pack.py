@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from largebatch.data.files import FolderPictures, class_names
+from largebatch.data.jpegtran import check_jpegtran, with_restart_markers
 from largebatch.data.shards import ENTRY, INDEX, read_index, write_index, write_whole
 from largebatch.errors import DataError
 
@@ -33,17 +34,28 @@ _BLOCK = tarfile.BLOCKSIZE
 _SECONDS_BETWEEN_REPORTS = 5.0
 
 
-def pack(source: Path, dest: Path, *, jobs: int, images_per_shard: int, report: Callable[[str], None]) -> None:
+def pack(
+    source: Path,
+    dest: Path,
+    *,
+    jobs: int,
+    images_per_shard: int,
+    restart_markers: bool = False,
+    report: Callable[[str], None],
+) -> None:
     """Pack `source/train/CLASS/*` and `source/val/CLASS/*` into `dest/train` and `dest/val`, `jobs` shards at a time.
 
+    With `restart_markers`, JPEGs are coded anew, without loss, so that a crop needs no more than its part of the file.
     What is written is read back and compared. Raises DataError where the source cannot be read or `dest` not be
     written, or holds something else.
     """
+    if restart_markers:
+        check_jpegtran()
     classes = class_names(source)
     for part in ("train", "val"):
         pictures = FolderPictures(source / part, classes)
         with writing(dest / part):
-            _Part(pictures, dest / part, images_per_shard, report).pack(jobs)
+            _Part(pictures, dest / part, images_per_shard, restart_markers, report).pack(jobs)
 
 
 @contextlib.contextmanager
@@ -67,21 +79,26 @@ class _Part:
     """The pack of one part of a set."""
 
     def __init__(
-        self, pictures: FolderPictures, folder: Path, images_per_shard: int, report: Callable[[str], None]
+        self,
+        pictures: FolderPictures,
+        folder: Path,
+        images_per_shard: int,
+        restart_markers: bool,
+        report: Callable[[str], None],
     ) -> None:
         self._pictures, self._folder, self._report = pictures, folder, report
-        self._images_per_shard = images_per_shard
+        self._images_per_shard, self._restart_markers = images_per_shard, restart_markers
         self._stopped = threading.Event()
         self._started, self._reported, self._images = time.monotonic(), time.monotonic(), 0
         self._lock = threading.Lock()
 
     def pack(self, jobs: int) -> None:
         """Write the shards that are missing, then the index."""
-        plan = self._plan()
+        plan, work = self._plan(), self._folder / _WORK
         if self._is_done(plan):
+            shutil.rmtree(work, ignore_errors=True)  # a kill came between the index and this
             self._report(f"{self._folder}: already packed, {len(self._pictures):,} images")
             return
-        work = self._folder / _WORK
         work.mkdir(exist_ok=True)
         write_whole(work / "plan.json", json.dumps(plan).encode())
         firsts = range(0, len(self._pictures), self._images_per_shard)
@@ -103,7 +120,11 @@ class _Part:
         hashed = hashlib.sha256()
         for index in range(len(self._pictures)):
             hashed.update(self._pictures.file(index) + b"\n")
-        return {"names": hashed.hexdigest(), "images_per_shard": self._images_per_shard}
+        return {
+            "names": hashed.hexdigest(),
+            "images_per_shard": self._images_per_shard,
+            "restart_markers": self._restart_markers,
+        }
 
     def _is_done(self, plan: dict[str, Any]) -> bool:
         """Whether the part was packed before. Raises DataError if the folder holds something else."""
@@ -150,9 +171,11 @@ class _Part:
             data = Path(name).read_bytes()
             if len(data) >= 2**32:
                 raise DataError(f"{name}: has {len(data)} bytes; an image must be smaller than 4 GiB")
+            entry["source_size"] = len(data)
+            if self._restart_markers:
+                data = with_restart_markers(data)
             _append(file, f"{index:09d}{Path(name).suffix.lower()}", data)
-            entry["offset"] = file.tell() - _padded(len(data))
-            entry["size"] = entry["source_size"] = len(data)
+            entry["offset"], entry["size"] = file.tell() - _padded(len(data)), len(data)
             entry["checksum"], entry["shard"], entry["label"] = zlib.crc32(data), shard, label
             _append(file, f"{index:09d}.cls", str(label).encode())
             self._progress(1)

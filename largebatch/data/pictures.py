@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from largebatch.data.jpeg import Frame, decode_top, find_frame
+from largebatch.data.jpeg import Box, Frame, decode_box, find_frame
 from largebatch.data.settings import Augmentation
 from largebatch.errors import DataError
 
@@ -35,8 +35,6 @@ _UNSIGNED = (1, 4)  # values of SampleFormat; 4 is undefined
 REMEDY = "replace the file, or set data.on_error=skip"
 CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of each try, top, left, flip
 
-Box = tuple[int, int, int, int]  # top, left, height, width
-
 
 class Picture(Protocol):
     """A picture whose size is known before its pixels are."""
@@ -44,8 +42,8 @@ class Picture(Protocol):
     height: int
     width: int
 
-    def top(self, rows: int) -> np.ndarray:
-        """At least the uppermost `rows`: uint8 RGB [rows or more, W, 3]. Raises DataError."""
+    def crop(self, box: Box) -> np.ndarray:
+        """A part: uint8 RGB [height, width, 3], perhaps a view. Raises DataError."""
         ...
 
 
@@ -56,8 +54,9 @@ class ArrayPicture:
         self.height, self.width = pixels.shape[:2]
         self._pixels = pixels
 
-    def top(self, rows: int) -> np.ndarray:
-        return self._pixels
+    def crop(self, box: Box) -> np.ndarray:
+        top, left, height, width = box
+        return self._pixels[top : top + height, left : left + width]
 
 
 class JpegPicture:
@@ -67,13 +66,13 @@ class JpegPicture:
         self.height, self.width = frame.height, frame.width
         self._path, self._data, self._frame = path, data, frame
 
-    def top(self, rows: int) -> np.ndarray:
+    def crop(self, box: Box) -> np.ndarray:
         try:
-            return decode_top(self._data, self._frame, rows)
+            return decode_box(self._data, self._frame, box)
         except ValueError:
             # libjpeg warns of what most programs accept (odd headers, stray bytes). What is damaged Pillow decides, on
             # machines with and without simplejpeg alike.
-            return _decode(self._path, self._data)
+            return ArrayPicture(_decode(self._path, self._data)).crop(box)
 
 
 def open_picture(path: str) -> Picture:
@@ -244,10 +243,8 @@ def random_crop(draws: Sequence[float], height: int, width: int, scale: Sequence
 
 def resize(picture: Picture, box: Box, size: tuple[int, int]) -> torch.Tensor:
     """The box of a picture resized with antialiasing: uint8 [height, width, 3]."""
-    top, left, height, width = box
-    pixels = torch.from_numpy(picture.top(top + height))
     # Made 4-D before the axes are swapped: torch then knows it as channels_last and takes its fast kernel.
-    crop = pixels[None].permute(0, 3, 1, 2)[:, :, top : top + height, left : left + width]
+    crop = torch.from_numpy(picture.crop(box))[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(crop, size=size, mode="bilinear", antialias=True)
     return resized.permute(0, 2, 3, 1)[0]
 

@@ -79,7 +79,7 @@ class _View:
             return validation_view(picture, self._resize_size, self._height)
         # A set in memory: its images were never resized.
         if (picture.height, picture.width) == (self._height, self._width):
-            return torch.from_numpy(picture.top(self._height)[: self._height])
+            return torch.from_numpy(picture.crop((0, 0, self._height, self._width)))
         if self._height == self._width:
             return validation_view(picture, self._height, self._height)
         raise DataError(
